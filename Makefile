@@ -1,0 +1,73 @@
+# Every target makes .venv by itself when it is missing or older than the lock.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
+# Files that are written by Python must not depend on the locale, nor libraries on a home that can't be written.
+export PYTHONUTF8 := 1
+
+.PHONY: help setup demo kang unlock test test-fast test-kill test-slurm lint format bench clean
+
+help: ## what there is to make
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.demo ## the virtual environment that runs the workflow
+
+# torch comes first, so that nothing that depends on it picks another build.
+$(VENV)/.demo: requirements.lock pyproject.toml
+	test -x "$(BIN)/python" || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $$(grep '^torch==' requirements.lock)
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[test,slurm]"
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[peers]"
+	touch $@
+
+demo: setup ## the workflow on a simulated cohort, to results/report/index.html
+	$(SNAKEMAKE)
+	@echo "The report: results/report/index.html"
+
+kang: setup ## the workflow on the cohort of Kang et al. 2018 (needs a network), in runs/kang
+	mkdir -p runs/kang
+	$(SNAKEMAKE) --directory runs/kang --configfile config/config.yaml config/kang.yaml
+	@echo "The report: runs/kang/results/report/index.html"
+
+unlock: setup ## take away the lock that a killed run left behind
+	$(BIN)/snakemake --unlock
+
+test: $(VENV)/.test ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.test ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+test-kill: $(VENV)/.test ## kill -9 during every rule of the demo; the results must not differ
+	$(BIN)/python -m pytest tests/test_kill.py --kills 20
+
+test-slurm: $(VENV)/.test ## the demo on a real Slurm on this machine (root, Debian)
+	tests/slurm/start.sh
+	COHORTVI_SLURM=1 $(BIN)/python -m pytest tests/test_slurm.py; status=$$?; tests/slurm/stop.sh; exit $$status
+
+lint: $(VENV)/.test ## style of Python, Snakemake and English
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/snakefmt --check Snakefile workflow
+	$(BIN)/codespell
+	$(BIN)/snakemake --lint
+
+format: $(VENV)/.test ## bring the code into form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile workflow
+
+bench: $(VENV)/.test ## speed and memory of every rule up to the shards (benchmarks/)
+	$(BIN)/python benchmarks/scale.py
+
+clean: ## remove results, logs and demo data; .venv stays
+	rm -rf results resources logs benchmarks/out runs .snakemake
