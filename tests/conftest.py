@@ -1,0 +1,46 @@
+"""What tests share: the package and the workflow's root, the folder of real cohorts, small configs."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cohortvi.config import Config, check
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often test_kill.py kills the demo")
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real cohorts; tests on them are skipped where it is not."""
+    folder = os.environ.get("COHORTVI_TEST_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("needs real cohorts: set COHORTVI_TEST_DATA to the folder that holds them")
+    return Path(folder)
+
+
+@pytest.fixture
+def demo_values() -> dict:
+    """The values of config/config.yaml, as a fresh dict."""
+    return yaml.safe_load((ROOT / "config/config.yaml").read_text())
+
+
+@pytest.fixture(scope="session")
+def config_schema() -> dict:
+    return yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
+
+
+@pytest.fixture(scope="session")
+def samples_schema() -> dict:
+    return yaml.safe_load((ROOT / "workflow/schemas/samples.schema.yaml").read_text())
+
+
+@pytest.fixture
+def demo_config(demo_values, config_schema) -> Config:
+    """The config of the demo cohort."""
+    return check(demo_values, config_schema)

@@ -1,0 +1,63 @@
+"""The package's imports run one way, and it never imports the workflow engine."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "workflow/cohortvi"
+# Later rooms may import earlier ones.
+ROOMS = ["config", "files", "log", "digest", "cohort", "store", "inference", "atlas", "report"]
+BASE = {"config", "files", "log", "digest"}
+# The two rooms that meet: where inference and files come together.
+MATHEMATICS = {"likelihoods", "priors", "posteriors", "networks", "vae", "objective"}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported_names(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+            if node.module == "cohortvi":
+                names |= {f"cohortvi.{alias.name}" for alias in node.names}
+    return names
+
+
+def room(name: str) -> str:
+    return name.split(".")[1]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_to_earlier_rooms(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    names = {name for name in imported_names(path) if name.startswith("cohortvi.")}
+    if own in BASE or own == "__init__":
+        assert {room(name) for name in names} <= BASE
+    else:
+        late = {name for name in names if ROOMS.index(room(name)) > ROOMS.index(own)}
+        assert not late, f"{path} imports a room that comes after its own: {late}"
+
+
+@pytest.mark.parametrize("name", sorted(MATHEMATICS))
+def test_mathematics_imports_torch_and_numpy_only(name):
+    found = imported_names(PACKAGE / "inference" / f"{name}.py")
+    outside = {module.split(".")[0] for module in found if not module.startswith("cohortvi")}
+    inside = {module.split(".")[2] for module in found if module.startswith("cohortvi.")}
+    assert outside <= {"torch", "numpy", "math", "typing", "collections", "abc", "dataclasses"}
+    assert inside <= MATHEMATICS
+
+
+def test_no_module_imports_snakemake_or_pytest():
+    for path in MODULES:
+        roots = {name.split(".")[0] for name in imported_names(path) if name}
+        assert not roots & {"snakemake", "pytest", "workflow"}, path
+
+
+def test_every_script_bears_the_name_of_a_rule_and_is_short():
+    rules = "\n".join(path.read_text() for path in (PACKAGE.parent / "rules").glob("*.smk"))
+    for script in (PACKAGE.parent.parent / "scripts").glob("*.py"):
+        assert f"rule {script.stem}:" in rules
+        assert len(script.read_text().splitlines()) <= 30

@@ -1,0 +1,1 @@
+"""Amortized variational inference for single-cell cohorts that fit in no memory."""

@@ -1,0 +1,159 @@
+"""Variability of genes from per-sample passes that merge: moments, a fit per batch, standardized variances.
+
+seurat_v3 (Stuart et al. 2019) and Pearson residuals (Lause et al. 2021), with scanpy's values on the same cells. Sums
+of counts are exact in float64 up to 2^53, so the order of samples and chunks changes no bit of them. A batch is fitted
+on the genes of its own samples; the samples' genes are joined last (cohort/selection.py).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from skmisc.loess import loess
+
+from cohortvi.cohort.readers import Raw, iter_counts
+from cohortvi.config import Genes
+
+DENSE_ROWS = 256
+
+
+def gene_moments(raw: Raw, keep: np.ndarray) -> pd.DataFrame:
+    """Return per gene n_cells (that detect it), sum and sum_sq of the counts over the cells `keep`, and symbol.
+
+    `attrs["n_obs"]` is the number of cells.
+    """
+    n_vars = len(raw.var)
+    n_cells, total, total_sq = np.zeros(n_vars, np.int64), np.zeros(n_vars), np.zeros(n_vars)
+    for _, block in iter_counts(raw, keep):
+        values = block.data.astype(np.float64)
+        n_cells += np.bincount(block.indices, minlength=n_vars)
+        total += np.bincount(block.indices, values, n_vars)
+        total_sq += np.bincount(block.indices, values**2, n_vars)
+    columns = {"symbol": raw.var["symbol"].to_numpy(), "n_cells": n_cells, "sum": total, "sum_sq": total_sq}
+    table = pd.DataFrame(columns, index=raw.var.index)
+    table.attrs["n_obs"] = len(keep)
+    return table
+
+
+def merge_moments(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Return mean and variance (ddof 1) of each gene over the cells of all tables; a gene that a table lacks counts 0.
+
+    Genes come in the order in which they first appear; `n_obs` is a column.
+    """
+    tables = [table for table in tables if table.attrs["n_obs"]]
+    genes = union([table.index for table in tables])
+    n_obs = sum(table.attrs["n_obs"] for table in tables)
+    sums = np.zeros((2, len(genes)))
+    for table in tables:
+        sums[:, genes.get_indexer(table.index)] += table[["sum", "sum_sq"]].to_numpy().T
+    # Whole numbers, so N * sum_sq - sum^2 is exact where the textbook formula cancels.
+    spread = [n_obs * int(sum_sq) - int(total) ** 2 for total, sum_sq in sums.T]
+    variance = np.array(spread, dtype=np.float64) / max(n_obs * (n_obs - 1), 1)
+    mean = sums[0] / max(n_obs, 1)
+    return pd.DataFrame({"n_obs": n_obs, "sum": sums[0], "mean": mean, "variance": variance}, index=genes)
+
+
+def union(indexes: Sequence[pd.Index]) -> pd.Index:
+    """Return all names in the order in which they first appear."""
+    return pd.Index(list(dict.fromkeys(name for index in indexes for name in index)), dtype=object)
+
+
+def fit_trend(moments: pd.DataFrame, batch: str, genes: Genes) -> pd.DataFrame:
+    """Return the moments of a batch with `fitted`, the trend of log10 variance over log10 mean (seurat_v3), else NaN.
+
+    Local quadratic regression (Cleveland's loess) over the genes that vary; genes that do not have fitted = 0.
+    Errors: ValueError that names the batch, its size and the span to try, where loess fails.
+    """
+    fitted = np.full(len(moments), np.nan)
+    if genes.flavor == "seurat_v3" and len(moments):
+        varies = (moments["variance"] > 0).to_numpy()
+        fitted = np.zeros(len(moments))
+        x, y = (np.log10(moments.loc[varies, column].to_numpy()) for column in ("mean", "variance"))
+        try:
+            model = loess(x, y, span=genes.span, degree=2)
+            model.fit()
+        except ValueError as error:
+            raise ValueError(_loess_failed(batch, moments, genes, int(varies.sum()))) from error
+        fitted[varies] = model.outputs.fitted_values
+        if not np.isfinite(fitted).all():
+            raise ValueError(_loess_failed(batch, moments, genes, int(varies.sum())))
+    return moments.assign(fitted=fitted)
+
+
+def _loess_failed(batch: str, moments: pd.DataFrame, genes: Genes, n_varying: int) -> str:
+    n_obs = int(moments["n_obs"].iloc[0])
+    wider = min(1.0, round(genes.span + 0.2, 2))
+    return (
+        f"batch {batch!r}: the loess fit of variance over mean fails at genes.span = {genes.span} "
+        f"({n_obs} cells, {n_varying} genes that vary); small batches have many genes of equal mean and need a wider "
+        f"span. Set genes.span to {wider} in the config, or join small batches by cohort.batch_key."
+    )
+
+
+def standardized(raw: Raw, keep: np.ndarray, fit: pd.DataFrame, flavor: str, theta: float) -> pd.DataFrame:
+    """Return what the cells `keep` of a sample add to the standardized variance of each gene in their batch.
+
+    seurat_v3: sum and sum_sq of the counts below the clipping value mean + sqrt(n) * fitted standard deviation, and
+    n_clipped. pearson_residuals: mean and m2 (sum of squared deviations) of the residuals clipped at +-sqrt(n).
+    """
+    fit = fit.reindex(raw.var.index)
+    parts = _clipped_sums(raw, keep, fit) if flavor == "seurat_v3" else _residual_moments(raw, keep, fit, theta)
+    table = pd.DataFrame(parts, index=raw.var.index)
+    table.attrs["n_obs"] = len(keep)
+    return table
+
+
+def _clip_values(fit: pd.DataFrame) -> np.ndarray:
+    return (np.sqrt(10 ** fit["fitted"]) * np.sqrt(fit["n_obs"]) + fit["mean"]).to_numpy()
+
+
+def _clipped_sums(raw: Raw, keep: np.ndarray, fit: pd.DataFrame) -> dict[str, np.ndarray]:
+    clip, n_vars = _clip_values(fit), len(fit)
+    total, total_sq, n_clipped = np.zeros(n_vars), np.zeros(n_vars), np.zeros(n_vars, np.int64)
+    for _, block in iter_counts(raw, keep):
+        values = block.data.astype(np.float64)
+        above = values > clip[block.indices]
+        n_clipped += np.bincount(block.indices[above], minlength=n_vars)
+        values[above] = 0
+        total += np.bincount(block.indices, values, n_vars)
+        total_sq += np.bincount(block.indices, values**2, n_vars)
+    return {"sum": total, "sum_sq": total_sq, "n_clipped": n_clipped}
+
+
+def _residual_moments(raw: Raw, keep: np.ndarray, fit: pd.DataFrame, theta: float) -> dict[str, np.ndarray]:
+    share = (fit["sum"] / max(fit["sum"].sum(), 1)).to_numpy()
+    clip = np.sqrt(fit["n_obs"].max())
+    seen, mean, m2 = 0, np.zeros(len(fit)), np.zeros(len(fit))
+    for _, block in iter_counts(raw, keep):
+        for start in range(0, block.shape[0], DENSE_ROWS):
+            x = block[start : start + DENSE_ROWS].toarray().astype(np.float64)
+            mu = x.sum(1, keepdims=True) * share
+            scale = np.sqrt(mu + mu**2 / theta)
+            residual = np.clip(np.divide(x - mu, scale, out=np.zeros_like(x), where=mu > 0), -clip, clip)
+            part = residual.mean(0)
+            seen, mean, m2 = _merge((seen, mean, m2), (len(x), part, ((residual - part) ** 2).sum(0)))
+    return {"mean": mean, "m2": m2}
+
+
+def _merge(a: tuple, b: tuple) -> tuple:
+    # Chan, Golub, LeVeque 1983: count, mean and sum of squared deviations of two sets of values as one.
+    n = a[0] + b[0]
+    delta = b[1] - a[1]
+    return n, a[1] + delta * (b[0] / max(n, 1)), a[2] + b[2] + delta**2 * (a[0] * b[0] / max(n, 1))
+
+
+def batch_variance(parts: Sequence[pd.DataFrame], fit: pd.DataFrame, flavor: str) -> pd.Series:
+    """Return the standardized variance of each gene of a batch, from what its samples add (`standardized`)."""
+    parts = [part for part in parts if part.attrs["n_obs"]]
+    if flavor == "seurat_v3":
+        summed = pd.DataFrame(0.0, index=fit.index, columns=["sum", "sum_sq", "n_clipped"])
+        for part in parts:
+            summed.loc[part.index] += part
+        clip, n, mean = _clip_values(fit), fit["n_obs"], fit["mean"]
+        total, total_sq = summed["sum"] + summed["n_clipped"] * clip, summed["sum_sq"] + summed["n_clipped"] * clip**2
+        return (n * mean**2 + total_sq - 2 * total * mean) / ((n - 1) * 10 ** fit["fitted"])
+    state = (0, np.zeros(len(fit)), np.zeros(len(fit)))
+    for part in parts:
+        part_full = part.reindex(fit.index, fill_value=0.0)
+        state = _merge(state, (part.attrs["n_obs"], part_full["mean"].to_numpy(), part_full["m2"].to_numpy()))
+    return pd.Series(state[2] / max(state[0], 1), index=fit.index)

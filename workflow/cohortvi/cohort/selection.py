@@ -1,0 +1,112 @@
+"""The genes of the cohort and which of them the models see: join, ranks over batches, lists, a frozen list.
+
+With seurat_v3 or Pearson residuals the ranks and the choice are scanpy's on the same cells.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cohortvi.cohort.genes import batch_variance, merge_moments, union
+from cohortvi.config import Genes
+
+
+def joined(indexes: Sequence[pd.Index], join: str) -> pd.Index:
+    """Return the names that all (inner) or any (outer) of the indexes hold, in the order of first appearance."""
+    genes = union(indexes)
+    if join == "outer" or not indexes:
+        return genes
+    shared = set.intersection(*(set(index) for index in indexes))
+    return genes[[name in shared for name in genes]]
+
+
+def rank_genes(variances: Sequence[pd.Series], genes: Genes) -> pd.DataFrame:
+    """Return variances_norm, highly_variable_rank, highly_variable_nbatches and highly_variable of each gene.
+
+    `variances`: one series a batch, over the same joined genes. Ranks are medians over the batches in which the gene
+    is among the first n_top (Seurat's SelectIntegrationFeatures); seurat_v3 sorts by rank and then by number of
+    batches, pearson_residuals the other way round, as scanpy does. `always` come first, `never` not at all.
+    """
+    table = pd.concat(variances, axis=1).to_numpy().T
+    ranks = np.argsort(np.argsort(-table, axis=1), axis=1).astype(np.float32)
+    n_batches = (ranks < genes.n_top).sum(0)
+    masked = np.ma.masked_greater_equal(ranks, genes.n_top)
+    ranked = pd.DataFrame(
+        {
+            "variances_norm": table.mean(0),
+            "highly_variable_rank": np.ma.median(masked, axis=0).filled(np.nan),
+            "highly_variable_nbatches": n_batches,
+        },
+        index=variances[0].index,
+    )
+    columns, ascending = ["highly_variable_rank", "highly_variable_nbatches"], [True, False]
+    if genes.flavor == "pearson_residuals":
+        columns, ascending = columns[::-1], ascending[::-1]
+    ordered = ranked.sort_values(columns, ascending=ascending, na_position="last").index
+    chosen = [name for name in genes.always if name in ranked.index]
+    free = ordered[~ordered.isin([*chosen, *genes.never])]
+    chosen += list(free[: max(genes.n_top - len(chosen), 0)])
+    return ranked.assign(highly_variable=ranked.index.isin(chosen))
+
+
+def select_genes(
+    moments: dict[str, pd.DataFrame],
+    variances: dict[str, pd.DataFrame],
+    fits: dict[str, pd.DataFrame],
+    batches: dict[str, str],
+    genes: Genes,
+    join: str,
+) -> pd.DataFrame:
+    """Return the cohort's genes with symbol, means, variances, their ranks and `highly_variable`, which is the choice.
+
+    `moments`, `variances`: by sample; `fits`: by batch; `batches`: the batch of each sample. Samples without cells
+    (quarantined ones) have no say. Errors: ValueError if no cell or no gene is shared, or a listed gene is unknown.
+    """
+    used = [name for name, table in moments.items() if table.attrs["n_obs"]]
+    if not used:
+        raise ValueError(
+            "no sample has a cell left, all are quarantined; see qc.gate in the config and results/cohort/qc/"
+        )
+    names = joined([moments[name].index for name in used], join)
+    if names.empty:
+        raise ValueError(_nothing_shared({name: moments[name].index for name in used}))
+    merged = merge_moments([moments[name] for name in used]).loc[names]
+    symbols = pd.concat([moments[name]["symbol"] for name in used])
+    table = pd.DataFrame({"symbol": symbols[~symbols.index.duplicated()].loc[names]})
+    table = table.assign(means=merged["mean"], variances=merged["variance"])
+    per_batch = []
+    for batch in sorted({batches[name] for name in used}):
+        parts = [variances[name] for name in used if batches[name] == batch]
+        per_batch.append(batch_variance(parts, fits[batch], genes.flavor).reindex(names, fill_value=0.0))
+    _check_known("genes.always", genes.always, names)
+    table = table.join(rank_genes(per_batch, genes))
+    if genes.frozen:
+        frozen = read_list(genes.frozen)
+        _check_known(f"genes.frozen ({genes.frozen})", frozen, names)
+        table["highly_variable"] = table.index.isin(frozen)
+    return table
+
+
+def read_list(path: str | Path) -> list[str]:
+    """Return the genes of a text file, one a line; empty lines and lines that begin with # do not count."""
+    lines = (line.strip() for line in Path(path).read_text().splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _check_known(where: str, wanted: Sequence[str], names: pd.Index) -> None:
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise ValueError(
+            f"{where}: {len(unknown)} of {len(wanted)} genes are not in the cohort ({', '.join(unknown[:5])} ...); "
+            f"expected names as in {', '.join(names[:3])} ...; check cohort.gene_key, or take them off the list"
+        )
+
+
+def _nothing_shared(indexes: dict[str, pd.Index]) -> str:
+    shown = "; ".join(f"{name} has {', '.join(index[:3])} ..." for name, index in list(indexes.items())[:4])
+    return (
+        f"the {len(indexes)} samples share no gene: {shown}; expected names that all samples know. Set cohort.gene_key "
+        "to a column of var that they have in common, or cohort.join: outer."
+    )

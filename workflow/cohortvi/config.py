@@ -1,0 +1,285 @@
+"""The config as typed, immutable values; the values themselves live in config/config.yaml alone.
+
+`check` compares a config with its schema and words what it finds for the user; the dataclasses below carry the
+checked sections into the package, so their fields are the schema's keys. They hold no defaults.
+"""
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar
+
+import jsonschema
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cohort:
+    sheet: str
+    gene_key: str
+    join: str
+    batch_key: tuple[str, ...]
+    keep_obs: tuple[str, ...]
+    chunk_cells: int
+
+
+@dataclass(frozen=True)
+class Threshold:
+    above: float | None
+    below: float | None
+    mads_low: float | None
+    mads_high: float | None
+    log1p: bool
+
+
+@dataclass(frozen=True)
+class Doublets:
+    enabled: bool
+    expected_rate: float
+    remove: bool
+    min_cells: int
+
+
+@dataclass(frozen=True)
+class Gate:
+    min_cells: int
+    min_median_genes: float
+    keep: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Qc:
+    symbols: str | None
+    gene_sets: dict[str, str | list[str]]
+    thresholds: dict[str, Threshold]
+    overrides: dict[str, dict[str, dict[str, float | bool | None]]]
+    doublets: Doublets
+    gate: Gate
+
+
+@dataclass(frozen=True)
+class Genes:
+    flavor: str
+    n_top: int
+    span: float
+    theta: float
+    always: tuple[str, ...]
+    never: tuple[str, ...]
+    frozen: str | None
+
+
+@dataclass(frozen=True)
+class Validation:
+    fraction: float
+    by: str
+
+
+@dataclass(frozen=True)
+class Store:
+    shards: int
+    validation: Validation
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    patience: int
+    min_delta: float
+
+
+@dataclass(frozen=True)
+class Model:
+    likelihood: str
+    dispersion: str
+    n_latent: int
+    n_hidden: int
+    n_layers: int
+    dropout: float
+    categorical_covariates: tuple[str, ...]
+    continuous_covariates: tuple[str, ...]
+    encode_covariates: bool
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    max_epochs: int
+    kl_warmup: float
+    early_stopping: EarlyStopping
+    checkpoint_minutes: float
+    device: str
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    n_neighbors: int
+
+
+@dataclass(frozen=True)
+class Clusters:
+    resolutions: tuple[float, ...]
+    shown: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    min_dist: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Metrics:
+    labels: tuple[str, ...]
+    truth: str | None
+
+
+@dataclass(frozen=True)
+class Atlas:
+    neighbors: Neighbors
+    clusters: Clusters
+    layout: Layout
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Report:
+    title: str
+    color_by: tuple[str, ...]
+    max_cells: int
+    n_markers: int
+
+
+@dataclass(frozen=True)
+class Simulate:
+    samples: int
+    donors: int
+    runs: int
+    cells: int
+    genes: int
+    types: int
+    mt_genes: int
+    median_counts: float
+    doublet_rate: float
+    dying_rate: float
+    failed_samples: int
+    type_effect: float
+    donor_effect: float
+    run_effect: float
+    dispersion: float
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int
+    cohort: Cohort
+    qc: Qc
+    genes: Genes
+    store: Store
+    models: dict[str, Model]
+    atlas: Atlas
+    report: Report
+    simulate: Simulate
+
+
+def build(kind: type[T], values: dict[str, Any]) -> T:
+    """Return the dataclass `kind` filled from a checked section of the config, sections within it included."""
+    hints = typing.get_type_hints(kind)
+    return kind(**{field.name: _convert(hints[field.name], values[field.name]) for field in fields(kind)})
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    if is_dataclass(hint):
+        return build(hint, value)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return tuple(value)
+    if origin is dict and is_dataclass(arguments[1]):
+        return {name: build(arguments[1], section) for name, section in value.items()}
+    if hint is float or (origin is types.UnionType and float in arguments and isinstance(value, int)):
+        return value if isinstance(value, bool) else float(value)
+    return value
+
+
+def check(config: dict[str, Any], schema: dict[str, Any]) -> Config:
+    """Return the config as dataclasses.
+
+    Errors: ValueError that lists every fault (where, what was found, what was expected, the nearest known key for
+    an unknown one), so that one run shows them all.
+    """
+    found = jsonschema.Draft202012Validator(schema).iter_errors(config)
+    errors = sorted(found, key=lambda error: [str(part) for part in error.absolute_path])
+    faults = [fault for error in errors for fault in _describe(error)]
+    if not faults:
+        faults = list(_cross_faults(config))
+    if faults:
+        raise ValueError("the config has faults:\n" + "\n".join(f"  - {fault}" for fault in faults))
+    return build(Config, config)
+
+
+def _describe(error: jsonschema.ValidationError) -> Iterator[str]:
+    where = ".".join(str(part) for part in error.absolute_path)
+    if error.validator == "additionalProperties":
+        known = list(error.schema.get("properties", {}))
+        for key in sorted(set(error.instance) - set(known)):
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            yield f"{f'{where}.' if where else ''}{key}: unknown key; {hint}"
+    elif error.validator == "required":
+        missing = [key for key in error.validator_value if key not in error.instance]
+        yield f"{where or 'config'}: missing {', '.join(missing)}; take it over from this release's config/config.yaml"
+    else:
+        found = f"found {error.instance!r} ({_kind(error.instance)})"
+        yield f"{where}: {found}; expected {_expected(error)}{_advice(error)}"
+
+
+def _advice(error: jsonschema.ValidationError) -> str:
+    described = error.schema.get("description")
+    if described:
+        return f" ({described})"
+    # YAML 1.1 reads 1e-3 as text: a number in this notation needs a point.
+    if isinstance(error.instance, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", error.instance):
+        number = float(error.instance)
+        return f"; write {number:g} or {error.instance.lower().replace('e', '.0e', 1)}"
+    return ""
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list"}
+    return "nothing" if value is None else names.get(type(value), "a section")
+
+
+def _expected(error: jsonschema.ValidationError) -> str:
+    value = error.validator_value
+    words = {
+        "type": lambda: " or ".join(value) if isinstance(value, list) else value,
+        "enum": lambda: "one of " + ", ".join(map(str, value)),
+        "minimum": lambda: f"at least {value}",
+        "maximum": lambda: f"at most {value}",
+        "exclusiveMinimum": lambda: f"more than {value}",
+        "exclusiveMaximum": lambda: f"less than {value}",
+        "pattern": lambda: f"letters, digits, '_', '-' and '.' only ({value})",
+        "minItems": lambda: f"at least {value} of them",
+        "minProperties": lambda: f"at least {value} of them",
+    }
+    return words.get(error.validator, lambda: error.message)()
+
+
+def _cross_faults(config: dict[str, Any]) -> Iterator[str]:
+    clusters = config["atlas"]["clusters"]
+    if clusters["shown"] not in clusters["resolutions"]:
+        expected = f"expected one of atlas.clusters.resolutions {clusters['resolutions']}"
+        yield f"atlas.clusters.shown: found {clusters['shown']}; {expected}"
+    both = sorted(set(config["genes"]["always"]) & set(config["genes"]["never"]))
+    if both:
+        yield f"genes.always and genes.never both hold {', '.join(both[:5])}; expected each gene in one of them at most"
+    metrics = {"n_genes_by_counts", "total_counts", *(f"pct_counts_{name}" for name in config["qc"]["gene_sets"])}
+    for where, names in [
+        ("qc.thresholds", config["qc"]["thresholds"]),
+        *((f"qc.overrides.{sample}", sections) for sample, sections in config["qc"]["overrides"].items()),
+    ]:
+        for name in sorted(set(names) - metrics):
+            near = difflib.get_close_matches(name, metrics, n=1)
+            yield f"{where}.{name}: no such metric; " + (
+                f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(metrics))}"
+            )
