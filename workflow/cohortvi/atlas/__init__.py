@@ -1,0 +1,1 @@
+"""What comes out: embedding, neighbours, clusters, layout, markers, metrics and the atlas that holds them."""

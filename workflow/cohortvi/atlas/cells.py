@@ -1,0 +1,44 @@
+"""One table of all cells with everything that is known of them, in the order of the latent store."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from cohortvi.store.counts import open_counts
+
+
+def cell_table(
+    counts: Sequence[Path], sheet: Mapping[str, Mapping[str, str]], clusters: pd.DataFrame, layout: pd.DataFrame
+) -> pd.DataFrame:
+    """Return a row per cell: the stores' obs, the sheet's columns (categorical), clusters and layout.
+
+    `counts`: manifests, in order; `sheet`: {sample: {column: value}}. Errors: ValueError if the cells of clusters or
+    layout are not those of the stores, in the same order.
+    """
+    cells = pd.concat([open_counts(path).obs for path in counts])
+    for name, table in (("clusters", clusters), ("layout", layout)):
+        if not cells.index.equals(table.index):
+            raise ValueError(
+                f"{name}: {len(table)} cells that are not the {len(cells)} of the counts stores in their order; "
+                f"expected the same. Remove {name} of this model and run again."
+            )
+    columns = list(next(iter(sheet.values())))
+    for column in columns:
+        cells[column] = cells["sample"].astype(str).map({sample: row[column] for sample, row in sheet.items()})
+    for column in cells.select_dtypes(object).columns:
+        cells[column] = cells[column].astype("category")
+    for column in ("sample", "batch"):
+        cells[column] = cells[column].astype(str).astype("category")
+    return cells.join(clusters).join(layout)
+
+
+def count_blocks(counts: Sequence[Path], chunk_cells: int) -> Iterator[tuple[sp.csr_matrix, np.ndarray]]:
+    """Yield the counts (n, g) of all stores in order, at most `chunk_cells` rows at a time, with their total_counts."""
+    for path in counts:
+        store = open_counts(path)
+        totals = store.obs["total_counts"].to_numpy() if store.n_obs else np.zeros(0)
+        for start, block in store.chunks(chunk_cells):
+            yield block, totals[start : start + block.shape[0]]

@@ -1,0 +1,28 @@
+"""Leiden clusters of the neighbour graph at several resolutions."""
+
+from collections.abc import Sequence
+
+import anndata as ad
+import pandas as pd
+
+
+def column(resolution: float) -> str:
+    """Return the name of the clusters at a resolution: leiden_0.5."""
+    return f"leiden_{resolution:g}"
+
+
+def leiden_clusters(graph: ad.AnnData, resolutions: Sequence[float], seed: int) -> pd.DataFrame:
+    """Return a categorical column a resolution, clusters numbered from the largest. Traag et al. 2019, by igraph."""
+    import scanpy as sc
+
+    for resolution in resolutions:
+        sc.tl.leiden(
+            graph,
+            resolution=resolution,
+            key_added=column(resolution),
+            flavor="igraph",
+            n_iterations=2,
+            directed=False,
+            random_state=seed,
+        )
+    return graph.obs[[column(resolution) for resolution in resolutions]]

@@ -1,0 +1,64 @@
+# The mathematics: amortized variational inference over the shuffled shards.
+
+
+rule train:
+    input:
+        train=expand(
+            "results/store/shards/{shard}.json",
+            shard=[name for name in SHARDS if name.startswith("train")],
+        ),
+        validation=expand(
+            "results/store/shards/{shard}.json",
+            shard=[name for name in SHARDS if name.startswith("validation")],
+        ),
+    output:
+        model="results/models/{model}/model.safetensors",
+        facts="results/models/{model}/model.json",
+        history="results/models/{model}/history.parquet",
+    log:
+        "logs/train/{model}.log",
+    benchmark:
+        "benchmarks/out/train/{model}.tsv"
+    conda:
+        "../../envs/gpu.yaml"
+    threads: 2
+    resources:
+        mem_mb=memory(4000),
+        runtime=minutes(24 * 60),
+        gpu=1,
+    params:
+        config=lambda wildcards: config["models"][wildcards.model],
+        covariates=lambda wildcards: sheet_covariates(wildcards.model),
+        seed=config["seed"],
+        # Undeclared on purpose: Snakemake removes declared outputs of a job that failed, and checkpoints must outlive it.
+        checkpoints=lambda wildcards: f"results/checkpoints/{wildcards.model}",
+        code=code("train"),
+    script:
+        "../../scripts/train.py"
+
+
+rule embed:
+    input:
+        model="results/models/{model}/model.safetensors",
+        facts="results/models/{model}/model.json",
+        counts=of_samples("results/store/counts/{sample}.json"),
+    output:
+        manifest="results/models/{model}/latent.json",
+        store=directory("results/models/{model}/latent.zarr"),
+    log:
+        "logs/embed/{model}.log",
+    benchmark:
+        "benchmarks/out/embed/{model}.tsv"
+    conda:
+        "../../envs/gpu.yaml"
+    threads: 2
+    resources:
+        mem_mb=memory(3000),
+        runtime=minutes(4 * 60),
+        gpu=1,
+    params:
+        chunk_cells=config["cohort"]["chunk_cells"],
+        covariates=lambda wildcards: sheet_covariates(wildcards.model),
+        code=code("embed"),
+    script:
+        "../../scripts/embed.py"

@@ -1,0 +1,52 @@
+# How the counts lie on disk: the selected genes of the kept cells, in the order of the sheet, and shuffled.
+
+
+rule extract:
+    input:
+        raw=raw_store,
+        cells="results/cohort/qc/{sample}.parquet",
+        genes="results/cohort/genes.parquet",
+    output:
+        manifest="results/store/counts/{sample}.json",
+        store=directory("results/store/counts/{sample}.zarr"),
+    log:
+        "logs/extract/{sample}.log",
+    benchmark:
+        "benchmarks/out/extract/{sample}.tsv"
+    conda:
+        "../../envs/cpu.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(1200),
+        runtime=minutes(20, 60),
+    params:
+        source=source,
+        cohort={key: config["cohort"][key] for key in ("gene_key", "chunk_cells")},
+        columns=lambda wildcards: store_columns(wildcards.sample),
+        code=code("extract"),
+    script:
+        "../../scripts/extract.py"
+
+
+rule shard:
+    input:
+        counts=of_samples("results/store/counts/{sample}.json"),
+    output:
+        manifest="results/store/shards/{split}-{shard}.json",
+        store=directory("results/store/shards/{split}-{shard}.zarr"),
+    log:
+        "logs/shard/{split}-{shard}.log",
+    benchmark:
+        "benchmarks/out/shard/{split}-{shard}.tsv"
+    conda:
+        "../../envs/cpu.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(1500),
+        runtime=minutes(30),
+    params:
+        config=config["store"],
+        seed=config["seed"],
+        code=code("shard"),
+    script:
+        "../../scripts/shard.py"
