@@ -1,0 +1,92 @@
+"""The words under figures and over tables: what one sees and how it was computed."""
+
+SAMPLES = (
+    "The cells that came in and those that passed quality control, the medians of detected genes and of UMI counts "
+    "over the cells that passed, the verdict of the gate, and what the sheet says of each sample. A quarantined "
+    "sample takes part in nothing that follows."
+)
+LEDGER = (
+    "Cells in are those kept plus those removed, each by the first reason that applied; every later stage holds "
+    "exactly the cells kept. low, high: fixed thresholds; (MAD): thresholds by median absolute deviations from the "
+    "sample's median."
+)
+QUALITY = (
+    "All cells that came in, a row for each of {n}. {rows} Vertical red strokes: the tighter one of the fixed "
+    "threshold and that by median absolute deviations. Doublet scores exist for cells that pass the other "
+    "thresholds; their stroke is scrublet's threshold, where it found one. The axes leave out the outermost {tail:g} "
+    "% of the cells on each side, and thresholds far from all cells."
+)
+RIDGES = (
+    "Blue: cells within the thresholds of their sample; red: cells outside. Each ridge is a histogram, smoothed over "
+    "half a percent of the metric's range, and has its own height. Names in red: quarantined samples."
+)
+RANKS = (
+    "Rows are ranked by their median (dot): thick from the 25th to the 75th percentile of the cells, thin from the "
+    "5th to the 95th. Red rows: quarantined samples."
+)
+GENES = (
+    "A point a gene, blue if it is one of the {n} selected ({how}); both axes are logarithmic.{trend} Dashed: "
+    "variance = mean, which Poisson counts would have.{left_out}"
+)
+TREND = " Line: the trend fitted by loess; genes rank by how far they rise above it."
+LEFT_OUT = " The {shown} batches with most cells; {n:,} more are not shown."
+COMPARISON = (
+    "Held-out ELBO: nats per cell over the validation cells; higher is better, and models of the same counts can be "
+    "compared by it. Clusters, silhouette and agreement: {shown}. Batch mixing: entropy of the batches among a "
+    "cell's neighbours over their entropy in the cohort; 1 says that neighbourhoods mirror the cohort, 0 that they "
+    "never cross batches."
+)
+MODEL = "What training came to, then the settings under their names in the config."
+TRAINING = (
+    "ELBO = E[log p(x | z)] − KL(q(z | x) ‖ p(z)); here its negative and the two terms it is made of, means over "
+    "cells, with KL weight 1 in the sum. Validation cells are never trained on and are seen without dropout. Grey "
+    "ground: warm-up of the KL weight. Training {end}; dashed: epoch {best}, whose weights have the best held-out "
+    "ELBO and were kept.{first}"
+)
+FIRST_EPOCH = " The axes span all epochs but the first."
+MAPS = (
+    "{which}, laid out by UMAP of the neighbour graph in the latent space and drawn in random order. The axes have "
+    "no unit; distances between groups mean little. Numbers stand at the median of their cluster's "
+    "cells.{repeated}{same}"
+)
+REPEATED = " Colours repeat after 20 categories."
+SAME = " Not drawn, being the same in all cells: {names}."
+RESOLUTIONS = (
+    "Leiden clusters of the neighbour graph; {shown} is the one shown on this page. Silhouette: mean width in the "
+    "latent space over a seeded sample of the cells, from −1 to 1. ARI and NMI: agreement with labels over the cells "
+    "that bear one; 1 is identity."
+)
+COMPOSITION = "The clusters' shares in each sample."
+COMPOSITION_BOTH = (
+    "First the clusters' shares in each sample; then each cluster by {column}, as if every {column} had as many "
+    "cells, so that a cluster found everywhere alike is parted evenly."
+)
+COUNTS = "The ground is as dark as the cluster's share of the sample's cells is large."
+MANY_COUNTS = (
+    "The counts of {n:,} samples are too many for a table; they follow from cells.parquet and clusters.parquet."
+)
+DOTS = (
+    "The first {n_markers} genes of each cluster by Welch's t, each gene once, under the cluster that it marks "
+    "first. Area of a dot: share of the cluster's cells that express the gene. Colour: mean of log1p counts per "
+    "10,000, from 0 to {top}."
+)
+NO_MARKERS = "No gene is higher in one cluster than in the rest."
+MARKERS = (
+    "By Welch's t on log1p counts per 10,000 of the selected genes, each cluster against the rest. Expressing: share "
+    "of the cluster's cells with a count. Clusters were found in the same counts, so the p-values, adjusted after "
+    "Benjamini and Hochberg, rank genes and prove nothing."
+)
+RECOVERED = "Doublets: over the cells that were scored. Dying cells: in samples that were not quarantined."
+TYPES = "ARI and NMI over the cells that are no simulated doublets; 1 is identity."
+EFFECT = (
+    "A point a selected gene: its log fold change from batch {first} to batch {last}, as simulated, and as the model "
+    "decodes it when the same latent points are decoded in both batches. Both are centred over the genes; dashed: "
+    "identity."
+)
+DIGESTS = "Equal digests say equal content; every random draw descends from the seed."
+VERSIONS = "Of the packages that wrote this page, and of those that trained each model."
+RESOURCES = (
+    "As Snakemake measured them the last time each job ran: wall time over all jobs and of the longest, peak "
+    "resident memory of the largest, processor time over wall time (100 % is one core). It is the one table that "
+    "differs between two equal runs."
+)
