@@ -1,17 +1,14 @@
-"""Rule gene_variance: raw counts of a sample's kept cells, its batch's trend -> parts of standardized variances."""
-
-import numpy as np
+"""Rule gene_variance: counts of a sample's kept cells, its batch's trend -> parts of standardized variances."""
 
 from cohortvi import log
 from cohortvi.cohort.genes import standardized
-from cohortvi.cohort.readers import open_raw
-from cohortvi.cohort.sheet import from_source
 from cohortvi.files import read_table, write_table
+from cohortvi.store.counts import open_counts
 
 log.start(snakemake.log[0])
 params = snakemake.params
-raw = open_raw(from_source(params.source), symbols=None, keep_obs=(), **params.cohort)
-keep = np.flatnonzero(read_table(snakemake.input.cells)["reason"] == "")
-fit = read_table(snakemake.input.fit)
-write_table(standardized(raw, keep, fit, params.config["flavor"], params.config["theta"]), snakemake.output.variances)
-log.logger.info("%s: %d cells, %d genes", raw.sample.name, len(keep), len(raw.var))
+counts = open_counts(snakemake.input.counts)
+blocks = (block for _, block in counts.chunks(params.chunk_cells))
+fit = read_table(snakemake.input.fit).reindex(counts.var_names)
+write_table(standardized(blocks, fit, params.config["flavor"], params.config["theta"]), snakemake.output.variances)
+log.logger.info("%s: %d cells, %d genes", snakemake.wildcards.sample, counts.n_obs, counts.n_vars)

@@ -5,7 +5,8 @@ from cohortvi.cohort.ledger import account
 from cohortvi.files import read_json, replacing
 
 log.start(snakemake.log[0])
-qc, counts, shards, latents, atlases = ([read_json(path) for path in paths] for paths in snakemake.input)
+stages = ("qc", "counts", "shards", "latents", "atlases")
+qc, counts, shards, latents, atlases = ([read_json(path) for path in snakemake.input[stage]] for stage in stages)
 models = dict(zip(snakemake.params.models, zip(latents, atlases, strict=True), strict=True))
 ledger = account(qc, counts, shards, models)
 with replacing(snakemake.output.ledger) as partial:

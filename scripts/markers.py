@@ -9,6 +9,6 @@ from cohortvi.files import read_table, write_table
 log.start(snakemake.log[0])
 clusters = read_table(snakemake.input.clusters)[column(snakemake.params.shown)]
 genes = read_table(snakemake.input.genes)
-blocks = count_blocks(snakemake.input.counts, snakemake.params.chunk_cells)
-write_table(markers(blocks, clusters, genes[genes["highly_variable"]]), snakemake.output.markers)
-log.logger.info("%d clusters, %d genes", clusters.nunique(), genes["highly_variable"].sum())
+blocks = count_blocks(snakemake.input.counts, genes.index, snakemake.params.chunk_cells)
+write_table(markers(blocks, clusters, genes), snakemake.output.markers)
+log.logger.info("%d clusters, %d genes", clusters.nunique(), len(genes))

@@ -10,7 +10,7 @@ import scanpy as sc
 import scipy.sparse as sp
 
 from cohortvi.cohort.genes import batch_variance, fit_trend, gene_moments, merge_moments, standardized
-from cohortvi.cohort.readers import open_raw
+from cohortvi.cohort.readers import iter_counts, open_raw
 from cohortvi.cohort.selection import joined, read_list, select_genes
 from cohortvi.cohort.sheet import Sample
 from cohortvi.config import Genes
@@ -18,16 +18,26 @@ from cohortvi.config import Genes
 SEURAT = Genes(flavor="seurat_v3", n_top=200, span=0.3, theta=100, always=(), never=(), frozen=None)
 
 
+def blocks(raw, keep):
+    return (block for _, block in iter_counts(raw, keep))
+
+
+def moments_of(raw, keep):
+    return gene_moments(blocks(raw, keep), raw.var)
+
+
 def select(raws, batches, genes, join="inner", keep=None):
     """Run all passes as the workflow does."""
     keep = keep or {name: np.arange(len(raw.obs)) for name, raw in raws.items()}
-    moments = {name: gene_moments(raw, keep[name]) for name, raw in raws.items()}
+    moments = {name: moments_of(raw, keep[name]) for name, raw in raws.items()}
     fits = {}
     for batch in set(batches.values()):
         merged = merge_moments([moments[name] for name in raws if batches[name] == batch])
         fits[batch] = fit_trend(merged, batch, genes)
     variances = {
-        name: standardized(raw, keep[name], fits[batches[name]], genes.flavor, genes.theta)
+        name: standardized(
+            blocks(raw, keep[name]), fits[batches[name]].reindex(raw.var.index), genes.flavor, genes.theta
+        )
         for name, raw in raws.items()
     }
     return select_genes(moments, variances, fits, batches, genes, join)
@@ -145,7 +155,7 @@ def test_covid_equals_scanpy_over_6_batches(test_data):
 def test_a_fit_that_fails_names_batch_size_and_span(test_data):
     path = test_data / "kang_ifnb_13999" / "kang_ifnb_13999.h5ad"
     raw = open_h5ad(path, select=[("donor", "1039"), ("condition", "ctrl")])
-    moments = merge_moments([gene_moments(raw, np.arange(len(raw.obs)))])
+    moments = merge_moments([moments_of(raw, np.arange(len(raw.obs)))])
     with pytest.raises(
         ValueError, match=r"batch 'b1': the loess fit .* genes.span = 0.3 \(276 cells, .* Set genes.span to 0.5"
     ):
@@ -156,17 +166,17 @@ def test_moments_do_not_depend_on_chunks_and_merge_exactly(tmp_path):
     x = simulated(3)
     write_h5ad(tmp_path / "x.h5ad", x)
     keep = np.arange(0, 300, 2)
-    tables = [gene_moments(open_h5ad(tmp_path / "x.h5ad", chunk_cells=n), keep) for n in (1, 64, 1000)]
+    tables = [moments_of(open_h5ad(tmp_path / "x.h5ad", chunk_cells=n), keep) for n in (1, 64, 1000)]
     for table in tables[1:]:
         pd.testing.assert_frame_equal(table, tables[0], check_exact=True)
-    merged = merge_moments([tables[0], gene_moments(open_h5ad(tmp_path / "x.h5ad"), keep + 1)])
+    merged = merge_moments([tables[0], moments_of(open_h5ad(tmp_path / "x.h5ad"), keep + 1)])
     np.testing.assert_allclose(merged["mean"], x.mean(0), rtol=1e-14)
     np.testing.assert_allclose(merged["variance"], x.var(0, ddof=1), rtol=1e-12)
 
 
 def test_variance_of_a_huge_mean_is_exact(tmp_path):
     x = np.full((200, 100), 10**6) + np.arange(200)[:, None] % 2
-    merged = merge_moments([gene_moments(write_h5ad(tmp_path / "x.h5ad", x), np.arange(200))])
+    merged = merge_moments([moments_of(write_h5ad(tmp_path / "x.h5ad", x), np.arange(200))])
     np.testing.assert_allclose(merged["variance"], x.var(0, ddof=1), rtol=1e-12)
 
 
@@ -235,7 +245,7 @@ def test_parts_of_a_batch_merge_to_the_whole(tmp_path):
     whole = write_h5ad(tmp_path / "x.h5ad", x)
     for flavor in ("seurat_v3", "pearson_residuals"):
         genes = replace(SEURAT, flavor=flavor)
-        fit = fit_trend(merge_moments([gene_moments(whole, np.arange(300))]), "b", genes)
-        one = [standardized(whole, np.arange(300), fit, flavor, 100)]
-        many = [standardized(whole, part, fit, flavor, 100) for part in np.split(np.arange(300), [1, 50, 200])]
+        fit = fit_trend(merge_moments([moments_of(whole, np.arange(300))]), "b", genes)
+        one = [standardized(blocks(whole, np.arange(300)), fit, flavor, 100)]
+        many = [standardized(blocks(whole, part), fit, flavor, 100) for part in np.split(np.arange(300), [1, 50, 200])]
         np.testing.assert_allclose(batch_variance(many, fit, flavor), batch_variance(one, fit, flavor), rtol=1e-10)

@@ -139,6 +139,7 @@ class Atlas:
     neighbors: Neighbors
     clusters: Clusters
     layout: Layout
+    genes: str
     metrics: Metrics
 
 

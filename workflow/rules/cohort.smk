@@ -75,8 +75,7 @@ rule qc:
 
 rule gene_moments:
     input:
-        raw=raw_store,
-        cells="results/cohort/qc/{sample}.parquet",
+        counts="results/store/counts/{sample}.json",
     output:
         moments="results/cohort/genes/moments/{sample}.parquet",
     log:
@@ -88,11 +87,9 @@ rule gene_moments:
     threads: 1
     resources:
         mem_mb=memory(1200),
-        runtime=minutes(20, 60),
+        runtime=minutes(20),
     params:
-        source=source,
-        cohort={key: config["cohort"][key] for key in ("gene_key", "chunk_cells")},
-        symbols=config["qc"]["symbols"],
+        chunk_cells=config["cohort"]["chunk_cells"],
         code=code("gene_moments"),
     script:
         "../../scripts/gene_moments.py"
@@ -122,8 +119,7 @@ rule gene_fit:
 
 rule gene_variance:
     input:
-        raw=raw_store,
-        cells="results/cohort/qc/{sample}.parquet",
+        counts="results/store/counts/{sample}.json",
         fit=lambda wildcards: f"results/cohort/genes/fits/{BATCHES[wildcards.sample]}.parquet",
     output:
         variances="results/cohort/genes/variances/{sample}.parquet",
@@ -136,10 +132,9 @@ rule gene_variance:
     threads: 1
     resources:
         mem_mb=memory(1200),
-        runtime=minutes(20, 60),
+        runtime=minutes(20),
     params:
-        source=source,
-        cohort={key: config["cohort"][key] for key in ("gene_key", "chunk_cells")},
+        chunk_cells=config["cohort"]["chunk_cells"],
         config={key: config["genes"][key] for key in ("flavor", "theta")},
         code=code("gene_variance"),
     script:

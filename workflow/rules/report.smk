@@ -11,6 +11,7 @@ rule report:
             batch=sorted(set(BATCHES.values())),
         ),
         ledger="results/cohort/ledger.tsv",
+        template=[workflow.source_path(f"../cohortvi/report/{name}") for name in ("template.html", "style.css")],
         models=expand(
             "results/models/{model}/{file}",
             model=MODELS,
@@ -18,6 +19,7 @@ rule report:
                 "history.parquet",
                 "model.json",
                 "clusters.parquet",
+                "layout.parquet",
                 "cells.parquet",
                 "markers.parquet",
                 "metrics.json",
@@ -41,6 +43,8 @@ rule report:
         runtime=minutes(60),
     params:
         config=config,
+        sheet={name: {**sample.columns, "batch": sample.batch} for name, sample in SAMPLES.items()},
+        benchmarks="benchmarks/out",
         code=code("report"),
     script:
         "../../scripts/report.py"

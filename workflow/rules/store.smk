@@ -1,11 +1,10 @@
-# How the counts lie on disk: the selected genes of the kept cells, in the order of the sheet, and shuffled.
+# How the counts lie on disk: all genes of the kept cells by sample, and the selected genes shuffled over the cohort.
 
 
 rule extract:
     input:
         raw=raw_store,
         cells="results/cohort/qc/{sample}.parquet",
-        genes="results/cohort/genes.parquet",
     output:
         manifest="results/store/counts/{sample}.json",
         store=directory("results/store/counts/{sample}.zarr"),
@@ -22,6 +21,7 @@ rule extract:
     params:
         source=source,
         cohort={key: config["cohort"][key] for key in ("gene_key", "chunk_cells")},
+        symbols=config["qc"]["symbols"],
         columns=lambda wildcards: store_columns(wildcards.sample),
         code=code("extract"),
     script:
@@ -31,6 +31,7 @@ rule extract:
 rule shard:
     input:
         counts=of_samples("results/store/counts/{sample}.json"),
+        genes="results/cohort/genes.parquet",
     output:
         manifest="results/store/shards/{split}-{shard}.json",
         store=directory("results/store/shards/{split}-{shard}.zarr"),

@@ -35,10 +35,12 @@ def cell_table(
     return cells.join(clusters).join(layout)
 
 
-def count_blocks(counts: Sequence[Path], chunk_cells: int) -> Iterator[tuple[sp.csr_matrix, np.ndarray]]:
-    """Yield the counts (n, g) of all stores in order, at most `chunk_cells` rows at a time, with their total_counts."""
+def count_blocks(
+    counts: Sequence[Path], genes: pd.Index, chunk_cells: int
+) -> Iterator[tuple[sp.csr_matrix, np.ndarray]]:
+    """Yield the counts (n, g) over `genes` of all stores, in order, with the cells' total_counts (n,)."""
     for path in counts:
-        store = open_counts(path)
+        store = open_counts(path, genes)
         totals = store.obs["total_counts"].to_numpy() if store.n_obs else np.zeros(0)
         for start, block in store.chunks(chunk_cells):
             yield block, totals[start : start + block.shape[0]]

@@ -32,17 +32,20 @@ class Parts:
 def write_atlas(parts: Parts, config: dict, chunk_cells: int, path: Path) -> dict:
     """Write the atlas as `path`, counts streamed as int32 CSR; return its manifest.
 
-    obs: all columns of the table of cells but umap; var: the selected genes; obsm: X_latent, X_latent_std, X_umap;
-    obsp: connectivities, distances; uns["cohortvi"]: config, versions, seed, digests of every store behind it.
+    obs: all columns of the table of cells but umap; var: all genes of the cohort or the selected ones, as
+    config["atlas"]["genes"] says; obsm: X_latent, X_latent_std, X_umap; obsp: connectivities, distances;
+    uns["cohortvi"]: config, versions, seed, digests of every store behind it.
     """
     cells, genes = read_table(parts.cells), read_table(parts.genes)
+    if config["atlas"]["genes"] == "selected":
+        genes = genes[genes["highly_variable"]]
     latent = open_latent(parts.latent)
     graph = ad.read_zarr(Path(parts.neighbors).with_suffix(".zarr"))
     manifests = {Path(path).stem: read_json(path) for path in parts.counts}
     umap = ["umap_1", "umap_2"]
     frame = ad.AnnData(
         obs=cells.drop(columns=umap),
-        var=genes[genes["highly_variable"]],
+        var=genes,
         obsm={
             "X_latent": latent.mean_nk,
             "X_latent_std": latent.std_nk,
@@ -52,7 +55,8 @@ def write_atlas(parts: Parts, config: dict, chunk_cells: int, path: Path) -> dic
         uns={"cohortvi": provenance(parts, config, manifests), "neighbors": dict(graph.uns["neighbors"])},
     )
     with replacing(path) as partial:
-        write_stream((block for block, _ in count_blocks(parts.counts, chunk_cells)), frame, partial, dtype=np.int32)
+        blocks = (block for block, _ in count_blocks(parts.counts, genes.index, chunk_cells))
+        write_stream(blocks, frame, partial, dtype=np.int32)
     return {
         "n_obs": frame.n_obs,
         "n_vars": frame.n_vars,

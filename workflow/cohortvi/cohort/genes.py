@@ -5,33 +5,33 @@ of counts are exact in float64 up to 2^53, so the order of samples and chunks ch
 on the genes of its own samples; the samples' genes are joined last (cohort/selection.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from skmisc.loess import loess
 
-from cohortvi.cohort.readers import Raw, iter_counts
 from cohortvi.config import Genes
 
 DENSE_ROWS = 256
 
 
-def gene_moments(raw: Raw, keep: np.ndarray) -> pd.DataFrame:
-    """Return per gene n_cells (that detect it), sum and sum_sq of the counts over the cells `keep`, and symbol.
+def gene_moments(blocks: Iterable[sp.csr_matrix], var: pd.DataFrame) -> pd.DataFrame:
+    """Return per gene n_cells (that detect it), sum and sum_sq of the counts of all blocks (n, g), and symbol.
 
-    `attrs["n_obs"]` is the number of cells.
+    `var`: the genes (g,), with their symbols. `attrs["n_obs"]` is the number of cells.
     """
-    n_vars = len(raw.var)
-    n_cells, total, total_sq = np.zeros(n_vars, np.int64), np.zeros(n_vars), np.zeros(n_vars)
-    for _, block in iter_counts(raw, keep):
+    n_obs, n_cells, total, total_sq = 0, np.zeros(len(var), np.int64), np.zeros(len(var)), np.zeros(len(var))
+    for block in blocks:
         values = block.data.astype(np.float64)
-        n_cells += np.bincount(block.indices, minlength=n_vars)
-        total += np.bincount(block.indices, values, n_vars)
-        total_sq += np.bincount(block.indices, values**2, n_vars)
-    columns = {"symbol": raw.var["symbol"].to_numpy(), "n_cells": n_cells, "sum": total, "sum_sq": total_sq}
-    table = pd.DataFrame(columns, index=raw.var.index)
-    table.attrs["n_obs"] = len(keep)
+        n_obs += block.shape[0]
+        n_cells += np.bincount(block.indices, minlength=len(var))
+        total += np.bincount(block.indices, values, len(var))
+        total_sq += np.bincount(block.indices, values**2, len(var))
+    columns = {"symbol": var["symbol"].to_numpy(), "n_cells": n_cells, "sum": total, "sum_sq": total_sq}
+    table = pd.DataFrame(columns, index=var.index)
+    table.attrs["n_obs"] = n_obs
     return table
 
 
@@ -90,16 +90,16 @@ def _loess_failed(batch: str, moments: pd.DataFrame, genes: Genes, n_varying: in
     )
 
 
-def standardized(raw: Raw, keep: np.ndarray, fit: pd.DataFrame, flavor: str, theta: float) -> pd.DataFrame:
-    """Return what the cells `keep` of a sample add to the standardized variance of each gene in their batch.
+def standardized(blocks: Iterable[sp.csr_matrix], fit: pd.DataFrame, flavor: str, theta: float) -> pd.DataFrame:
+    """Return what the cells of all blocks (n, g) add to the standardized variance of each gene in their batch.
 
-    seurat_v3: sum and sum_sq of the counts below the clipping value mean + sqrt(n) * fitted standard deviation, and
-    n_clipped. pearson_residuals: mean and m2 (sum of squared deviations) of the residuals clipped at +-sqrt(n).
+    `fit`: the trend of their batch on the genes (g,) of the blocks. seurat_v3: sum and sum_sq of the counts below the
+    clipping value, mean + sqrt(n) * fitted standard deviation, and n_clipped. pearson_residuals: mean and m2 (sum of
+    squared deviations) of the residuals clipped at +-sqrt(n). `attrs["n_obs"]` is the number of cells.
     """
-    fit = fit.reindex(raw.var.index)
-    parts = _clipped_sums(raw, keep, fit) if flavor == "seurat_v3" else _residual_moments(raw, keep, fit, theta)
-    table = pd.DataFrame(parts, index=raw.var.index)
-    table.attrs["n_obs"] = len(keep)
+    n_obs, parts = _clipped_sums(blocks, fit) if flavor == "seurat_v3" else _residual_moments(blocks, fit, theta)
+    table = pd.DataFrame(parts, index=fit.index)
+    table.attrs["n_obs"] = n_obs
     return table
 
 
@@ -107,32 +107,35 @@ def _clip_values(fit: pd.DataFrame) -> np.ndarray:
     return (np.sqrt(10 ** fit["fitted"]) * np.sqrt(fit["n_obs"]) + fit["mean"]).to_numpy()
 
 
-def _clipped_sums(raw: Raw, keep: np.ndarray, fit: pd.DataFrame) -> dict[str, np.ndarray]:
-    clip, n_vars = _clip_values(fit), len(fit)
+def _clipped_sums(blocks: Iterable[sp.csr_matrix], fit: pd.DataFrame) -> tuple[int, dict[str, np.ndarray]]:
+    clip, n_vars, n_obs = _clip_values(fit), len(fit), 0
     total, total_sq, n_clipped = np.zeros(n_vars), np.zeros(n_vars), np.zeros(n_vars, np.int64)
-    for _, block in iter_counts(raw, keep):
+    for block in blocks:
+        n_obs += block.shape[0]
         values = block.data.astype(np.float64)
         above = values > clip[block.indices]
         n_clipped += np.bincount(block.indices[above], minlength=n_vars)
         values[above] = 0
         total += np.bincount(block.indices, values, n_vars)
         total_sq += np.bincount(block.indices, values**2, n_vars)
-    return {"sum": total, "sum_sq": total_sq, "n_clipped": n_clipped}
+    return n_obs, {"sum": total, "sum_sq": total_sq, "n_clipped": n_clipped}
 
 
-def _residual_moments(raw: Raw, keep: np.ndarray, fit: pd.DataFrame, theta: float) -> dict[str, np.ndarray]:
+def _residual_moments(
+    blocks: Iterable[sp.csr_matrix], fit: pd.DataFrame, theta: float
+) -> tuple[int, dict[str, np.ndarray]]:
     share = (fit["sum"] / max(fit["sum"].sum(), 1)).to_numpy()
     clip = np.sqrt(fit["n_obs"].max())
-    seen, mean, m2 = 0, np.zeros(len(fit)), np.zeros(len(fit))
-    for _, block in iter_counts(raw, keep):
+    state = (0, np.zeros(len(fit)), np.zeros(len(fit)))
+    for block in blocks:
         for start in range(0, block.shape[0], DENSE_ROWS):
             x = block[start : start + DENSE_ROWS].toarray().astype(np.float64)
             mu = x.sum(1, keepdims=True) * share
             scale = np.sqrt(mu + mu**2 / theta)
             residual = np.clip(np.divide(x - mu, scale, out=np.zeros_like(x), where=mu > 0), -clip, clip)
-            part = residual.mean(0)
-            seen, mean, m2 = _merge((seen, mean, m2), (len(x), part, ((residual - part) ** 2).sum(0)))
-    return {"mean": mean, "m2": m2}
+            mean = residual.mean(0)
+            state = _merge(state, (len(x), mean, ((residual - mean) ** 2).sum(0)))
+    return state[0], {"mean": state[1], "m2": state[2]}
 
 
 def _merge(a: tuple, b: tuple) -> tuple:

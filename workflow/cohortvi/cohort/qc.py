@@ -172,8 +172,9 @@ def run_qc(raw: Raw, qc: Qc, seed: int) -> tuple[pd.DataFrame, dict]:
 def _no_cell_left(raw: Raw, cells: pd.DataFrame, limits: dict) -> str:
     counted = ", ".join(f"{reason} {n}" for reason, n in cells["reason"].value_counts().items())
     medians = cells.median(numeric_only=True).drop("row").round(2).to_dict()
+    where = f"{raw.sample.path}: sample {raw.sample.name!r}"
     return (
-        f"{raw.sample.path}: sample {raw.sample.name!r} has no cell left of {len(cells)} after QC; removed by {counted}; "
-        f"expected at least one. Medians: {medians}; bounds: {limits}. "
-        "Loosen qc.thresholds, for this sample under qc.overrides, or raise qc.gate.min_cells so that it is quarantined."
+        f"{where} has no cell left of {len(cells)} after QC; removed by {counted}; expected at least one. "
+        f"Medians: {medians}; bounds: {limits}. Loosen qc.thresholds, for this sample under qc.overrides, "
+        "or raise qc.gate.min_cells so that it is quarantined."
     )

@@ -1,0 +1,143 @@
+"""latent.zarr holds the posterior of every cell, in the order of the counts stores."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+import tiny_cohort
+import torch
+from tiny_cohort import MODEL, manifests
+
+from cohortvi.atlas import embed as module
+from cohortvi.atlas.embed import embed, open_latent
+from cohortvi.files import write_json
+from cohortvi.inference.checkpoint import load_model, save_model
+from cohortvi.inference.networks import Covariates
+from cohortvi.inference.train import fit
+
+SHEET = {"site": {"s0": "north", "s1": "south"}, "dose": {"s0": "0.5", "s1": "2"}}
+TOLD = {"encode_covariates": True, "categorical_covariates": ("site", "sex"), "continuous_covariates": ("dose", "age")}
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory) -> Path:
+    """Counts, shards and two models: `told` of the covariates, and `plain`."""
+    folder = tmp_path_factory.mktemp("cohort")
+    tiny_cohort.write_cohort(folder)
+    splits = manifests(folder, "train"), manifests(folder, "validation")
+    for name, changes in (("plain", {}), ("told", TOLD)):
+        model = dataclasses.replace(MODEL, max_epochs=2, **changes)
+        vae, _, facts = fit(*splits, model, sheet=SHEET, seed=0, checkpoints=folder / f"{name}-ck", threads=1)
+        save_model(vae, facts, folder / f"{name}.safetensors", folder / f"{name}.json")
+    return folder
+
+
+def counts_of(cohort: Path) -> list[Path]:
+    return [cohort / "counts" / "s0.json", cohort / "counts" / "s1.json"]
+
+
+def run(cohort: Path, out: Path, name: str = "plain", counts=None, **changes) -> dict:
+    options = {"sheet": SHEET, "chunk_cells": 64, "threads": 1} | changes
+    return embed(cohort / f"{name}.safetensors", counts or counts_of(cohort), out, **options)
+
+
+def test_the_store_is_an_anndata_with_every_cell_in_order(cohort, tmp_path):
+    manifest = run(cohort, tmp_path / "latent.zarr")
+    latent = ad.io.read_zarr(tmp_path / "latent.zarr")
+    assert latent.obs_names.tolist() == [f"s{i}_cell{j}" for i in range(2) for j in range(150)]
+    assert latent.obs["sample"].tolist() == ["s0"] * 150 + ["s1"] * 150
+    assert latent.obs.columns.tolist() == ["sample"]
+    assert latent.shape == (300, 0)
+    assert {key: (value.shape, value.dtype) for key, value in latent.obsm.items()} == {
+        "X_latent": ((300, 3), np.dtype("float32")),
+        "X_latent_std": ((300, 3), np.dtype("float32")),
+    }
+    assert manifest["samples"] == {"s0": 150, "s1": 150}
+    assert (manifest["n_obs"], manifest["n_latent"]) == (300, 3)
+
+
+@pytest.mark.parametrize("name", ["plain", "told"])
+def test_values_are_those_of_the_encoder_with_each_cells_covariates(cohort, tmp_path, name):
+    run(cohort, tmp_path / "latent.zarr", name)
+    vae, facts = load_model(cohort / f"{name}.safetensors")
+    latent = ad.io.read_zarr(tmp_path / "latent.zarr")
+
+    def scaled(key: str, values: np.ndarray) -> np.ndarray:
+        mean, std = facts["continuous"].get(key, (0, 1))
+        return (values - mean) / std
+
+    for i in range(2):
+        x, obs = tiny_cohort.simulate(150, seed=i)
+        sex, site = torch.from_numpy((obs["sex"] == "m").to_numpy(np.int64)), torch.full((150,), i)
+        continuous = [scaled("age", obs["age"].to_numpy()), scaled("dose", np.full(150, [0.5, 2.0][i]))]
+        continuous_nc = torch.from_numpy(np.stack(continuous, axis=1)).float()
+        with torch.inference_mode():
+            qz = vae.encode(torch.from_numpy(x.toarray()).float(), Covariates(site, (sex, site), continuous_nc))
+        here = latent[latent.obs["sample"] == f"s{i}"]
+        np.testing.assert_allclose(here.obsm["X_latent"], qz.loc_nk, atol=1e-5)
+        np.testing.assert_allclose(here.obsm["X_latent_std"], qz.scale_nk, atol=1e-5)
+
+
+def test_chunks_and_shards_do_not_change_what_is_written(cohort, tmp_path, monkeypatch):
+    whole = run(cohort, tmp_path / "whole.zarr", chunk_cells=1000)
+    monkeypatch.setattr(module, "SHARD_CELLS", 64)
+    monkeypatch.setattr(module, "CHUNK_CELLS", 16)
+    for size in (7, 64, 150):
+        parts = run(cohort, tmp_path / "parts.zarr", chunk_cells=size)
+        assert parts["samples"] == whole["samples"]
+        found = [ad.io.read_zarr(tmp_path / f"{name}.zarr") for name in ("whole", "parts")]
+        assert found[0].obs.equals(found[1].obs)
+        # a matrix product over other rows may round otherwise
+        np.testing.assert_allclose(found[0].obsm["X_latent"], found[1].obsm["X_latent"], atol=1e-5)
+
+
+def test_equal_runs_give_equal_digests_and_other_cells_another(cohort, tmp_path):
+    first, again = (run(cohort, tmp_path / f"{i}.zarr") for i in range(2))
+    assert first == again
+    assert run(cohort, tmp_path / "one.zarr", counts=counts_of(cohort)[:1])["content"] != first["content"]
+
+
+def test_open_latent_reads_what_was_written_and_refuses_another_manifest(cohort, tmp_path):
+    manifest = run(cohort, tmp_path / "latent.zarr")
+    write_json(manifest, tmp_path / "latent.json")
+    latent = open_latent(tmp_path / "latent.json")
+    expected = ad.io.read_zarr(tmp_path / "latent.zarr")
+    assert latent.names.equals(expected.obs_names)
+    np.testing.assert_array_equal(latent.mean_nk, expected.obsm["X_latent"])
+    np.testing.assert_array_equal(latent.std_nk, expected.obsm["X_latent_std"])
+    write_json(manifest | {"content": "0"}, tmp_path / "latent.json")
+    with pytest.raises(ValueError, match="not the store of its manifest"):
+        open_latent(tmp_path / "latent.json")
+
+
+def test_a_sample_without_cells_is_counted_and_takes_no_room(cohort, tmp_path):
+    x, obs = tiny_cohort.simulate(5, seed=3)
+    empty = tiny_cohort.write_samples(tmp_path / "more", {"s2": (x[:0], obs[:0])}, shards=False)
+    manifest = run(cohort, tmp_path / "latent.zarr", "told", counts=[*counts_of(cohort), *empty])
+    assert manifest["samples"] == {"s0": 150, "s1": 150, "s2": 0}
+    assert ad.io.read_zarr(tmp_path / "latent.zarr").n_obs == 300
+
+
+def test_other_genes_are_refused(cohort, tmp_path):
+    facts = json.loads((cohort / "plain.json").read_text())
+    write_json(facts | {"genes": facts["genes"][::-1]}, tmp_path / "model.json")
+    (tmp_path / "model.safetensors").write_bytes((cohort / "plain.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="its 30 genes are not the 30 genes of the model"):
+        embed(
+            tmp_path / "model.safetensors", counts_of(cohort), tmp_path / "o.zarr", sheet={}, chunk_cells=9, threads=1
+        )
+    assert not (tmp_path / "o.zarr").exists()
+
+
+def test_a_new_batch_is_refused_only_by_models_that_encode_it(cohort, tmp_path):
+    x, obs = tiny_cohort.simulate(5, seed=3)
+    new = tiny_cohort.write_samples(tmp_path / "more", {"a": (x, obs), "b": (x, obs), "s0": (x, obs)}, shards=False)
+    with pytest.raises(ValueError, match=re.escape("batch 'run2' is not among the model's run0, run1")):
+        run(cohort, tmp_path / "latent.zarr", "told", counts=new[2:])
+    assert run(cohort, tmp_path / "latent.zarr", "plain", counts=new[2:])["n_obs"] == 5
+    with pytest.raises(ValueError, match=re.escape("sheet: site of sample 'a' is None; expected one of north, south")):
+        run(cohort, tmp_path / "latent.zarr", "told", counts=new[:1])

@@ -1,0 +1,77 @@
+"""Kill -9 at any moment: a run that is started again ends with the same files as one that was left alone.
+
+The demo is run undisturbed once. Another clone is killed, whole process group, each time during another rule; after each
+kill it is unlocked and started again, as the message of Snakemake says. `make test-kill` kills it during every rule.
+"""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from workflows import assert_same_results, command, copy_repository, environment, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+# The rules of the demo in the order in which they run; those first that have most to lose.
+RULES = ["train", "shard", "extract", "simulate", "qc", "gene_moments", "gene_fit", "gene_variance", "select_genes",
+         "embed", "neighbors", "cluster", "layout", "cells", "markers", "metrics", "atlas", "ledger", "report"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A clone in which the demo ran without any kill."""
+    clone = copy_repository(tmp_path_factory.mktemp("undisturbed") / "clone")
+    run(clone, tiny=False)
+    return clone
+
+
+def started_rules(log: Path) -> set[str]:
+    return set(re.findall(r"^(?:local)?rule (\w+):$", log.read_text(), re.MULTILINE))
+
+
+def kill_during(clone: Path, rule: str, delay: float, log: Path) -> bool:
+    """Start the run, wait until `rule` has started and `delay` seconds more, kill it; False if it ended before."""
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command(tiny=False), cwd=clone, env=environment(clone), stdout=out, stderr=out, start_new_session=True
+        )
+        while rule not in started_rules(log) and process.poll() is None:
+            time.sleep(0.1)
+        time.sleep(delay)
+        alive = process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return alive
+
+
+def test_a_run_killed_again_and_again_ends_like_one_left_alone(undisturbed, tmp_path, request):
+    clone = copy_repository(tmp_path / "clone")
+    chosen = sorted(RULES[: request.config.getoption("--kills")], key=walk_order)
+    rng = random.Random(0)
+    killed = []
+    for i, rule in enumerate(chosen):
+        if kill_during(clone, rule, rng.uniform(0, 6 if rule == "train" else 3), tmp_path / f"run{i}.log"):
+            killed.append(rule)
+        run(clone, "--unlock", tiny=False)
+    assert len(killed) >= len(chosen) - 2, f"killed during {killed} only"
+    run(clone, tiny=False)
+    assert_same_results(undisturbed, clone)
+
+
+def walk_order(rule: str) -> int:
+    """Return the place of a rule in the walk of a count, so that every restart gets further than the one before."""
+    walk = ["simulate", "qc", "extract", "gene_moments", "gene_fit", "gene_variance", "select_genes", "shard", "train"]
+    return walk.index(rule) if rule in walk else len(walk) + RULES.index(rule)
+
+
+def test_a_killed_run_tells_how_to_take_its_lock_away(tmp_path):
+    clone = copy_repository(tmp_path / "clone")
+    kill_during(clone, "simulate", 0.5, tmp_path / "run.log")
+    refused = run(clone, tiny=False, check=False)
+    assert refused.returncode != 0
+    assert "--unlock" in refused.stdout

@@ -1,0 +1,296 @@
+"""store.loader: row k of a minibatch is source row rows[k]; interruptions change nothing and leave nothing behind."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cohortvi.config import Store, Validation
+from cohortvi.files import write_json
+from cohortvi.store import loader as module
+from cohortvi.store.counts import write_counts
+from cohortvi.store.loader import THREAD_NAME, Loader, ShardedCounts
+from cohortvi.store.plan import Epoch
+from cohortvi.store.shards import write_shard
+
+SIZES = [37, 0, 1, 64, 20]
+
+
+class Source(NamedTuple):
+    """Stores and what they were written from, row by row through all of them."""
+
+    manifests: list[Path]
+    x: np.ndarray
+    batch: np.ndarray
+    age: np.ndarray
+
+
+def write_store(folder: Path, name: str, x: np.ndarray, batch: np.ndarray, age: np.ndarray) -> Path:
+    batch = pd.Categorical(batch, categories=["run1", "run2", "run3"])
+    obs = pd.DataFrame({"batch": batch, "age": age, "row": np.arange(len(x)), "site": name})
+    obs.index = pd.Index([f"{name}_{i}" for i in range(len(x))], dtype=object)
+    var = pd.DataFrame(index=[f"g{i}" for i in range(x.shape[1])])
+    manifest = write_counts([sp.csr_matrix(x)], obs, var, folder / f"{name}.zarr", sample=name)
+    write_json(manifest, folder / f"{name}.json")
+    return folder / f"{name}.json"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Source:
+    """Stores of all three types of counts, with empty cells, an empty store and one of a single cell."""
+    folder, rng = tmp_path_factory.mktemp("stores"), np.random.default_rng(0)
+    x = rng.poisson(0.4, (sum(SIZES), 9)).astype(np.uint32)
+    x[[3, 40]], x[5, 2], x[50, 8], x[120, 0] = 0, 255, 65_535, 2**24  # 2**24: whole in float32
+    batch, age = rng.choice(["run1", "run3"], len(x)), rng.random(len(x))
+    ends = np.cumsum([0, *SIZES])
+    parts = [slice(start, stop) for start, stop in pairwise(ends)]
+    paths = [write_store(folder, f"s{i}", x[part], batch[part], age[part]) for i, part in enumerate(parts)]
+    return Source(paths, x, batch, age)
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """Blocks of 5 rows and windows of 3 blocks, so that a small store has many."""
+    monkeypatch.setattr(module, "Epoch", partial(Epoch, block=5, window_blocks=3))
+
+
+def our_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(THREAD_NAME)]
+
+
+def same(first: list, second: list) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(torch.equal(a.x_ng, b.x_ng) and np.array_equal(a.rows, b.rows) for a, b in pairs)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    batch_size=st.integers(1, 150),
+    seed=st.integers(0, 9),
+    block=st.integers(1, 70),
+    window=st.integers(1, 6),
+    threads=st.integers(1, 3),
+    shuffle=st.booleans(),
+)
+def test_row_k_is_the_source_row_of_that_number_and_every_cell_comes_once(
+    source, batch_size, seed, block, window, threads, shuffle
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Epoch", partial(Epoch, block=block, window_blocks=window))
+        settings = {"columns": ["batch", "age"], "shuffle": shuffle, "threads": threads}
+        minibatches = list(Loader(ShardedCounts(source.manifests), batch_size=batch_size, seed=seed, **settings))
+    for x_ng, obs, rows in minibatches:
+        np.testing.assert_array_equal(x_ng.numpy(), source.x[rows])
+        np.testing.assert_array_equal(np.array(["run1", "run2", "run3"])[obs["batch"]], source.batch[rows])
+        np.testing.assert_array_equal(obs["age"].numpy(), source.age[rows].astype(np.float32))
+        assert (x_ng.dtype, obs["batch"].dtype, obs["age"].dtype) == (torch.float32, torch.int64, torch.float32)
+    served = np.concatenate([minibatch.rows for minibatch in minibatches])
+    np.testing.assert_array_equal(np.sort(served) if shuffle else served, np.arange(len(source.x)))
+
+
+@settings(max_examples=10, deadline=None)
+@given(batch_size=st.integers(1, 60), world=st.integers(1, 5))
+def test_the_ranks_together_see_what_one_alone_sees(source, batch_size, world):
+    store = ShardedCounts(source.manifests)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Epoch", partial(Epoch, block=20, window_blocks=2))
+        alone = list(Loader(store, batch_size=batch_size, seed=0))
+        ranks = [list(Loader(store, batch_size=batch_size, seed=0, rank=r, world=world)) for r in range(world)]
+    assert {len(minibatches) for minibatches in ranks} == {len(alone)}
+    for whole, *slices in zip(alone, *ranks, strict=True):
+        np.testing.assert_array_equal(np.concatenate([part.rows for part in slices]), whole.rows)
+        assert torch.equal(torch.cat([part.x_ng for part in slices]), whole.x_ng)
+
+
+def test_resuming_at_any_step_goes_on_as_if_never_stopped(source, small_windows):
+    store = ShardedCounts(source.manifests)
+    loader, minibatches, states = Loader(store, batch_size=16, seed=1), [], []
+    for _ in range(2):
+        for minibatch in loader:
+            minibatches.append(minibatch)
+            states.append(json.dumps(loader.state_dict()))
+    assert len(states) == 2 * loader.n_steps(0)
+    for k, state in enumerate(states):
+        resumed = Loader(store, batch_size=16, seed=1, threads=2)
+        resumed.load_state_dict(json.loads(state))
+        rest = [minibatch for _ in range(2) for minibatch in resumed]
+        assert same(rest[: len(minibatches) - k - 1], minibatches[k + 1 :])
+
+
+def test_resuming_with_other_ranks_goes_on_with_the_same_steps(source, small_windows):
+    store = ShardedCounts(source.manifests)
+    whole, begun = list(Loader(store, batch_size=16, seed=1)), Loader(store, batch_size=16, seed=1, world=3)
+    for _, _ in zip(range(4), begun, strict=False):
+        pass
+    ranks = [Loader(store, batch_size=16, seed=1, rank=rank, world=2) for rank in (0, 1)]
+    for rank in ranks:
+        rank.load_state_dict({**begun.state_dict(), "step": 4})
+    rest = [np.concatenate([part.rows for part in slices]) for slices in zip(*ranks, strict=True)]
+    np.testing.assert_array_equal(np.concatenate(rest), np.concatenate([part.rows for part in whole[4:]]))
+
+
+def test_an_iteration_goes_on_after_a_break_and_the_next_epoch_is_another(source):
+    store = ShardedCounts(source.manifests)
+    whole, loader = list(Loader(store, batch_size=16, seed=1)), Loader(store, batch_size=16, seed=1)
+    begun = []
+    for minibatch in loader:
+        begun.append(minibatch)
+        if len(begun) == 3:
+            break
+    assert (loader.epoch, loader.step) == (0, 3)
+    assert same(begun + list(loader), whole)
+    assert (loader.epoch, loader.step) == (1, 0)
+    assert not same(list(loader), whole)
+
+
+def test_a_resumed_loader_reads_no_window_before_its_own(source, small_windows, monkeypatch):
+    store, read = ShardedCounts(source.manifests), []
+    original = store.read
+    monkeypatch.setattr(store, "read", lambda *block: read.append(tuple(block[:3])) or original(*block))
+    plan = Epoch(store.sizes, batch_size=10, seed=0, epoch=0, block=5, window_blocks=3)
+    loader = Loader(store, batch_size=10, seed=0)
+    loader.load_state_dict({**loader.state_dict(), "step": plan.n_steps - 1})
+    assert len(list(loader)) == 1
+    assert plan.n_windows > 4
+    windows = {piece.window for piece in plan.pieces(plan.n_steps - 1)}
+    assert set(read) == {tuple(map(int, block)) for window in windows for block in plan.blocks_of(window)}
+
+
+def wait_until(condition, seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    return condition()
+
+
+def test_the_next_window_is_read_while_one_is_served_and_no_other(source, small_windows, monkeypatch):
+    store, read = ShardedCounts(source.manifests), []
+    original = store.read
+    monkeypatch.setattr(store, "read", lambda *block: read.append(tuple(block[:3])) or original(*block))
+    plan = Epoch(store.sizes, batch_size=2, seed=0, epoch=0, block=5, window_blocks=3)
+    expected = {tuple(map(int, block)) for window in (0, 1) for block in plan.blocks_of(window)}
+    iterator = iter(Loader(store, batch_size=2, seed=0))
+    next(iterator)
+    assert wait_until(lambda: set(read) == expected)
+    next(iterator)
+    time.sleep(0.05)
+    assert len(read) == len(expected)
+    iterator.close()
+
+
+def test_no_thread_is_left_by_an_iteration_that_ends_however_it_does(source, small_windows):
+    store = ShardedCounts(source.manifests)
+    list(Loader(store, batch_size=8, seed=0, threads=2))
+    assert not our_threads()
+    for _ in Loader(store, batch_size=8, seed=0, threads=2):
+        assert our_threads()
+        break
+    assert not our_threads()
+    iterator = iter(Loader(store, batch_size=8, seed=0))
+    next(iterator)
+    del iterator
+    assert not our_threads()
+    with pytest.raises(ZeroDivisionError):
+        train_until_error(store)
+    assert not our_threads()
+
+
+def train_until_error(store: ShardedCounts) -> None:
+    for _ in Loader(store, batch_size=8, seed=0, threads=2):
+        raise ZeroDivisionError
+
+
+def test_the_interpreter_exits_while_an_iteration_is_suspended(source):
+    code = (
+        "import sys; from cohortvi.store.loader import Loader, ShardedCounts\n"
+        "iterator = iter(Loader(ShardedCounts(sys.argv[1:]), batch_size=8, seed=0)); next(iterator); print('served')"
+    )
+    command = [sys.executable, "-c", code, *map(str, source.manifests)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "served\n", "")
+
+
+def test_damage_reaches_the_consumer_as_an_error_that_names_the_store(source, tmp_path):
+    path = write_store(tmp_path, "s", source.x[:50], source.batch[:50], source.age[:50])
+    loader = Loader(ShardedCounts([path]), batch_size=8, seed=0)
+    (tmp_path / "s.zarr" / "X" / "data" / "c" / "0").unlink()
+    with pytest.raises(ValueError, match=r"s\.zarr: cells 0 to 50 cannot be read .*run the workflow again"):
+        next(iter(loader))
+    assert not our_threads()
+
+
+def test_a_store_without_cells_yields_nothing(source):
+    loader = Loader(ShardedCounts(source.manifests[1:2]), batch_size=8, seed=0, columns=["batch"])
+    assert list(loader) == []
+    assert loader.n_steps(0) == 0
+
+
+def test_columns_that_cannot_be_delivered_are_refused(source, tmp_path):
+    store = ShardedCounts(source.manifests)
+    assert store.categories["batch"] == ["run1", "run2", "run3"]
+    for name in ("site", "height"):  # site: other categories in every store
+        with pytest.raises(ValueError, match=f"column '{name}' is not one that all stores have"):
+            Loader(store, batch_size=8, seed=0, columns=[name])
+    batch, age = source.batch[:20].astype(object), np.full(20, np.nan)
+    batch[7] = None
+    gaps = ShardedCounts([write_store(tmp_path, "s", source.x[:20], batch, age)])
+    for name in ("batch", "age"):
+        with pytest.raises(ValueError, match=f"column '{name}' has no value for some cells"):
+            list(Loader(gaps, batch_size=8, seed=0, columns=[name]))
+
+
+def test_stores_of_different_genes_are_refused(source, tmp_path):
+    other = write_store(tmp_path, "s", source.x[:5, :8], source.batch[:5], source.age[:5])
+    with pytest.raises(ValueError, match="its genes are not those of"):
+        ShardedCounts([*source.manifests, other])
+    with pytest.raises(ValueError, match="no store was given"):
+        ShardedCounts([])
+
+
+def test_the_state_of_another_sequence_is_refused(source):
+    store = ShardedCounts(source.manifests)
+    state = Loader(store, batch_size=8, seed=0).state_dict()
+    others = {
+        "seed": Loader(store, batch_size=8, seed=1),
+        "batch_size": Loader(store, batch_size=9, seed=0),
+        "store": Loader(ShardedCounts(source.manifests[:1]), batch_size=8, seed=0),
+    }
+    for name, loader in others.items():
+        with pytest.raises(ValueError, match=f"loader state: {name} is"):
+            loader.load_state_dict(state)
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        Loader(store, batch_size=8, seed=0, rank=2, world=2)
+
+
+def entropy(labels: np.ndarray) -> float:
+    share = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float(-(share * np.log2(share)).sum())
+
+
+def test_minibatches_mix_samples_as_a_true_shuffle_does(tmp_path):
+    n_samples, n_cells, batch_size = 12, 600, 256
+    x, age = np.ones((n_cells, 2), np.uint32), np.zeros(n_cells)
+    paths = [write_store(tmp_path, f"{i:02}", x, np.full(n_cells, "run1"), age) for i in range(n_samples)]
+    split = Store(2, Validation(1e-12, "cell"))
+    for shard, name in enumerate(["train-0000", "train-0001"]):
+        manifest = write_shard(paths, "train", shard, tmp_path / "shards" / f"{name}.zarr", seed=0, store=split)
+        write_json(manifest, tmp_path / "shards" / f"{name}.json")
+    store = ShardedCounts(sorted((tmp_path / "shards").glob("*.json")))
+    loader = Loader(store, batch_size=batch_size, seed=0, columns=["site"])
+    found = [entropy(minibatch.obs["site"].numpy()) for minibatch in loader]
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(n_samples), n_cells)
+    true = [entropy(part) for _ in range(5) for part in np.array_split(rng.permutation(labels), len(found))]
+    assert np.mean(found) == pytest.approx(np.mean(true), rel=0.002)

@@ -1,0 +1,189 @@
+"""The workflow as a whole, on a tiny cohort: end to end, what reruns when, what is refused before any job starts."""
+
+import json
+import shutil
+
+import anndata as ad
+import pandas as pd
+import pytest
+import yaml
+from workflows import planned, planned_samples, run, tiny_clone, write_sheet
+
+pytestmark = pytest.mark.slow
+
+GATHER = {"select_genes": 1, "train": 1, "embed": 1, "neighbors": 1, "cluster": 1, "layout": 1, "cells": 1,
+          "markers": 1, "metrics": 1, "atlas": 1, "ledger": 1, "report": 1}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A clone, in a folder whose path holds a space, in which the tiny cohort has run."""
+    clone = tiny_clone(tmp_path_factory.mktemp("with a space") / "clone")
+    run(clone)
+    return clone
+
+
+@pytest.fixture
+def clone(done, tmp_path):
+    """A copy of it that a test may change."""
+    return shutil.copytree(done, tmp_path / "clone", symlinks=True)
+
+
+def test_everything_is_written_and_every_cell_accounted_for(done):
+    ledger = pd.read_csv(done / "results/cohort/ledger.tsv", sep="\t")
+    atlas = ad.read_zarr(done / "results/models/nb/atlas.zarr")
+    assert (ledger["cells_in"] == 250).all()
+    assert atlas.n_obs == ledger["atlas_nb"].sum() == ledger["kept"].sum() > 800
+    assert atlas.n_vars == 150
+    assert {"X_latent", "X_latent_std", "X_umap"} <= set(atlas.obsm)
+    assert {"sample", "batch", "donor", "leiden_0.5", "total_counts"} <= set(atlas.obs)
+    assert "connectivities" in atlas.obsp
+    assert yaml.safe_load(atlas.uns["cohortvi"]["config"])["genes"]["n_top"] == 150
+    assert json.loads(atlas.uns["cohortvi"]["model"])["kl_weight"] == 1
+    assert (done / "results/report/index.html").stat().st_size > 100_000
+
+
+def test_all_stores_hold_the_same_cells_in_the_same_order(done):
+    folder = done / "results/models/nb"
+    names = [
+        name for i in range(1, 5) for name in ad.read_zarr(done / f"results/store/counts/sample0{i}.zarr").obs_names
+    ]
+    assert all(name.startswith("sample0") for name in names)
+    assert list(ad.read_zarr(folder / "latent.zarr").obs_names) == names
+    assert list(ad.read_zarr(folder / "atlas.zarr").obs_names) == names
+    for table in ("clusters", "layout", "cells"):
+        assert list(pd.read_parquet(folder / f"{table}.parquet").index) == names
+    shards = sorted((done / "results/store/shards").glob("*.zarr"))
+    shuffled = [name for shard in shards for name in ad.read_zarr(shard).obs_names]
+    assert shuffled != names
+    assert sorted(shuffled) == names
+
+
+def test_counts_are_never_changed_on_the_way(done):
+    raw = ad.read_zarr(done / "resources/demo/sample01.zarr")
+    atlas = ad.read_zarr(done / "results/models/nb/atlas.zarr")
+    mine = atlas[atlas.obs["sample"] == "sample01"]
+    source = raw[[name.removeprefix("sample01_") for name in mine.obs_names], mine.var_names]
+    assert (mine.X != source.X).nnz == 0
+
+
+def test_a_second_run_does_nothing(done):
+    assert planned(done) == {}
+
+
+def test_a_comment_or_docstring_in_a_module_reruns_nothing(clone):
+    for path in (clone / "workflow/cohortvi").rglob("*.py"):
+        path.write_text(path.read_text() + "\n# a comment\n")
+    assert planned(clone) == {}
+
+
+def test_changed_code_reruns_the_rules_that_reach_it(clone):
+    path = clone / "workflow/cohortvi/atlas/layout.py"
+    path.write_text(path.read_text().replace("10 * start", "5 * start"))
+    assert planned(clone) == {"layout": 1, "cells": 1, "metrics": 1, "atlas": 1, "ledger": 1, "report": 1}
+
+
+def test_an_added_sample_runs_its_own_passes_and_the_gather_steps(clone):
+    tiny = yaml.safe_load((clone / "tiny.yaml").read_text())
+    tiny["simulate"]["samples"] = 4
+    write_sheet(clone, 4)
+    sheet = clone / "config/samples.tsv"
+    shutil.copytree(clone / "resources/demo/sample01.zarr", clone / "new.zarr")
+    sheet.write_text(sheet.read_text() + "sample05\tnew.zarr\tdonor9\trun9\n")
+    own = {"qc": 1, "gene_moments": 1, "gene_fit": 1, "gene_variance": 1}
+    jobs = planned(clone, "--config", "atlas={metrics: {truth: null}}")
+    # The genes may change, so the counts of all samples are extracted again; no QC, no pass over other raw counts.
+    assert jobs == {**own, **GATHER, "extract": 5, "shard": 3}
+    for rule in own.keys() - {"gene_fit"}:
+        assert planned_samples(clone, rule) == {"sample05"}
+
+
+def test_an_added_sample_leaves_the_other_counts_alone_when_the_genes_are_frozen(clone):
+    genes = pd.read_parquet(clone / "results/cohort/genes.parquet")
+    (clone / "frozen.txt").write_text("\n".join(genes.index[genes["highly_variable"]]))
+    tiny = yaml.safe_load((clone / "tiny.yaml").read_text())
+    tiny["genes"]["frozen"] = "frozen.txt"
+    (clone / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    run(clone)
+    shutil.copytree(clone / "resources/demo/sample01.zarr", clone / "new.zarr")
+    sheet = clone / "config/samples.tsv"
+    sheet.write_text(sheet.read_text() + "sample05\tnew.zarr\tdonor9\trun9\n")
+    assert planned_samples(clone, "extract") == {"sample05"}
+
+
+def test_a_changed_atlas_value_does_not_train_again(clone):
+    tiny = yaml.safe_load((clone / "tiny.yaml").read_text())
+    tiny["atlas"]["clusters"]["resolutions"] = [0.5, 0.7]
+    (clone / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    assert planned(clone) == {
+        "cluster": 1,
+        "cells": 1,
+        "markers": 1,
+        "metrics": 1,
+        "atlas": 1,
+        "ledger": 1,
+        "report": 1,
+    }
+
+
+def test_a_sample_s_own_threshold_reruns_its_own_qc(clone):
+    tiny = yaml.safe_load((clone / "tiny.yaml").read_text())
+    tiny["qc"]["overrides"] = {"sample02": {"pct_counts_mt": {"below": 30}}}
+    (clone / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    assert planned_samples(clone, "qc") == {"sample02"}
+    assert planned_samples(clone, "gene_moments") == {"sample02"}
+
+
+def test_reordering_the_sheet_reruns_nothing_and_a_new_column_the_tables_alone(clone):
+    sheet = clone / "config/samples.tsv"
+    header, *rows = sheet.read_text().splitlines()
+    sheet.write_text("\n".join([header, *reversed(rows)]) + "\n")
+    assert planned(clone) == {}
+    sheet.write_text("\n".join([f"{header}\tage", *(f"{row}\t40" for row in rows)]) + "\n")
+    assert planned(clone) == {"cells": 1, "metrics": 1, "atlas": 1, "ledger": 1, "report": 1}
+
+
+def test_deleting_one_sample_s_counts_reruns_what_follows_from_it(clone):
+    (clone / "results/store/counts/sample03.json").unlink()
+    shutil.rmtree(clone / "results/store/counts/sample03.zarr")
+    assert planned_samples(clone, "extract") == {"sample03"}
+    assert planned(clone)["qc"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda tiny: tiny["genes"].update(flavour="x"), "genes.flavour: unknown key; did you mean 'flavor'?"),
+        (
+            lambda tiny: tiny["report"].update(color_by=["doner"]),
+            "report.color_by: 'doner' is unknown; did you mean 'donor'?",
+        ),
+        (lambda tiny: tiny.update(cohort={"sheet": "none.tsv"}), "none.tsv: no such sample sheet"),
+        (lambda tiny: tiny["qc"].update(overrides={"sampel01": {}}), "did you mean 'sample01'?"),
+    ],
+)
+def test_a_wrong_config_is_refused_before_any_job(clone, change, expected):
+    tiny = yaml.safe_load((clone / "tiny.yaml").read_text())
+    change(tiny)
+    (clone / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    refused = run(clone, "--dry-run", check=False)
+    assert refused.returncode != 0
+    assert expected in refused.stdout
+
+
+def test_a_wrong_file_is_refused_before_any_job_and_leaves_nothing(tmp_path):
+    clone = tiny_clone(tmp_path / "clone")
+    (clone / "broken.h5ad").write_bytes(b"no hdf5")
+    sheet = clone / "config/samples.tsv"
+    sheet.write_text(sheet.read_text() + "sample05\tbroken.h5ad\td\tr\nsample06\tnowhere.h5ad\td\tr\n")
+    refused = run(clone, check=False)
+    assert refused.returncode != 0
+    assert "sample05" in refused.stdout
+    assert "sample06" in refused.stdout
+    assert not (clone / "results").exists()
+
+
+def test_lint_and_a_report_by_snakemake(done):
+    assert "Congratulations" in run(done, "--lint").stdout
+    run(done, "--report", "snakemake-report.html")
+    assert (done / "snakemake-report.html").stat().st_size > 100_000

@@ -1,0 +1,201 @@
+"""Where every cell of the cohort lies in a model's latent space: latent.zarr.
+
+A valid AnnData without genes: obs holds the cells' names and samples in the order of the counts stores, obsm
+`X_latent` the posterior means and `X_latent_std` the posterior standard deviations, float32. Cells are taken in the
+order of the stores and written a shard of cells at a time, so memory does not grow with the cohort.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+import zarr
+from zarr.codecs import BloscCodec
+from zarr.core.dtype import VariableLengthUTF8
+
+from cohortvi.files import read_json, replacing
+from cohortvi.inference.checkpoint import load_model
+from cohortvi.inference.covariates import BATCH, Columns, Sheet
+from cohortvi.inference.networks import Covariates
+from cohortvi.inference.prepare import choose_device
+from cohortvi.inference.vae import VAE
+from cohortvi.store.counts import CountsReader, open_counts
+from cohortvi.store.layout import quiet
+
+SHARD_CELLS = 131_072  # cells a file
+CHUNK_CELLS = 8_192  # cells decoded together
+
+
+class Latent(NamedTuple):
+    """A latent store in memory: the cells' names, posterior means and standard deviations (n, k) float32."""
+
+    manifest: dict[str, Any]
+    names: pd.Index
+    mean_nk: np.ndarray
+    std_nk: np.ndarray
+
+
+class Cells(NamedTuple):
+    """Consecutive cells: names (n,), the code of their sample (n,), posterior mean and standard deviation (n, k)."""
+
+    names: np.ndarray
+    samples: np.ndarray
+    loc_nk: np.ndarray
+    scale_nk: np.ndarray
+
+
+def embed(
+    model: str | Path, counts: Sequence[str | Path], out: str | Path, *, sheet: Sheet, chunk_cells: int, threads: int
+) -> dict[str, Any]:
+    """Write the store `out` for the cells of the counts stores with these manifests, in order; return its manifest.
+
+    `sheet`: as `fit` takes it; `chunk_cells`: cells encoded together. The manifest holds n_obs, n_latent, cells by
+    sample, and a digest of names, means and standard deviations. Errors: ValueError if a store has other genes than the
+    model, or, for a model that encodes covariates, a value that it was not trained on.
+    """
+    torch.set_num_threads(threads)
+    vae, facts = load_model(model)
+    encoder = _Encoder(vae, Columns.from_facts(facts), sheet, choose_device(facts["settings"]["device"]))
+    readers = [open_counts(path, facts["genes"]) for path in counts]
+    for reader in readers:
+        _check_genes(reader, facts["genes"])
+    samples = {sample: n for reader in readers for sample, n in reader.manifest["samples"].items()}
+    manifest = {"n_obs": sum(samples.values()), "n_latent": vae.n_latent, "samples": samples}
+    with replacing(out) as partial, quiet(), ad.settings.override(auto_shard_zarr_v3=True):
+        root = _create(partial, list(samples), manifest["n_obs"], vae.n_latent)
+        cells = (block for code, reader in enumerate(readers) for block in encoder.encode(reader, code, chunk_cells))
+        manifest["content"] = _write(root, cells)
+        root.attrs["manifest"] = manifest
+        zarr.consolidate_metadata(partial)
+    return manifest
+
+
+def open_latent(manifest: str | Path) -> Latent:
+    """Read the latent store beside its manifest. Errors: ValueError if the two do not belong together."""
+    path, facts = Path(manifest).with_suffix(".zarr"), read_json(manifest)
+    with quiet():
+        root = zarr.open_group(path, mode="r")
+        if root.attrs.get("manifest") != facts:
+            raise ValueError(f"{path}: not the store of its manifest {manifest}; expected both of one run. Embed again")
+        obsm = root["obsm"]
+        return Latent(facts, pd.Index(root["obs/_index"][:]), obsm["X_latent"][:], obsm["X_latent_std"][:])
+
+
+def _check_genes(reader: CountsReader, genes: list[str]) -> None:
+    if reader.n_obs and not reader.var.index.isin(genes).any():
+        raise ValueError(
+            f"{reader.path}: it has none of the {len(genes)} genes of the model ({', '.join(genes[:3])} ...); expected "
+            "names as the model knows them. Check cohort.gene_key, or train the model again."
+        )
+
+
+class _Encoder:
+    """A model that encodes the cells of counts stores, told their covariates if it asks for them."""
+
+    def __init__(self, vae: VAE, columns: Columns, sheet: Sheet, device: torch.device):
+        self.vae, self.columns, self.sheet, self.device = vae.to(device), columns, sheet, device
+
+    @torch.inference_mode()
+    def encode(self, reader: CountsReader, code: int, chunk_cells: int) -> Iterator[Cells]:
+        """Yield the cells of a store, in order, as those of the sample with this code."""
+        names = reader.obs.index.to_numpy(dtype=object)
+        values = self._covariates(reader) if self.vae.encode_covariates and reader.n_obs else {}
+        for start, counts in reader.chunks(chunk_cells):
+            stop = start + counts.shape[0]
+            x_ng = torch.from_numpy(counts.toarray().astype(np.float32)).to(self.device)
+            here = {name: torch.from_numpy(column[start:stop]) for name, column in values.items()}
+            # An encoder that is not told the covariates gives new batches a place, too: their code is not looked at.
+            known = self.columns.covariates(here, self.device) if here else Covariates(x_ng.new_zeros(len(x_ng)).long())
+            loc_nk, scale_nk = (value.cpu().numpy() for value in self.vae.encode(x_ng, known))
+            yield Cells(names[start:stop], np.full(stop - start, code), loc_nk, scale_nk)
+
+    def _covariates(self, reader: CountsReader) -> dict[str, np.ndarray]:
+        tables = self.columns.sheet_tables(self.sheet, list(reader.manifest["samples"]))
+        found = {name: np.repeat(table.numpy(), reader.n_obs) for name, table in tables.items()}
+        for name, known in {BATCH: self.columns.batches, **self.columns.categories}.items():
+            if name not in found:
+                found[name] = _codes(reader, name, known)
+        rest = [name for name in self.columns.continuous if name not in found]
+        return found | {name: reader.column(name, 0, reader.n_obs) for name in rest}
+
+
+def _codes(reader: CountsReader, name: str, known: Sequence[str]) -> np.ndarray:
+    """Return the codes that the model has for a store's column."""
+    values = pd.Index(reader.categories(name) or [])
+    codes = pd.Index(known).get_indexer(values)[reader.column(name, 0, reader.n_obs)]
+    if (codes < 0).any():
+        new = sorted(set(values) - set(known))
+        raise ValueError(
+            f"{reader.path}: {name} {', '.join(map(repr, new))} is not among the model's {', '.join(known)}; expected "
+            "values that it was trained on. Train the model again, or one with encode_covariates: false."
+        )
+    return codes.astype(np.int64)
+
+
+def _create(path: Path, samples: list[str], n_obs: int, n_latent: int) -> zarr.Group:
+    """Create the store with room for all cells."""
+    root = zarr.open_group(path, mode="w", zarr_format=3)
+    root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    ad.io.write_elem(root, "var", pd.DataFrame(index=pd.Index([], dtype=object)))
+    frame = {"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index", "column-order": ["sample"]}
+    obs = root.create_group("obs", attributes=frame)
+    _create_array(obs, "_index", (n_obs,), VariableLengthUTF8())
+    column = {"encoding-type": "categorical", "encoding-version": "0.2.0", "ordered": False}
+    sample = obs.create_group("sample", attributes=column)
+    ad.io.write_elem(sample, "categories", np.array(samples, dtype=object))
+    _create_array(sample, "codes", (n_obs,), np.dtype("int32"))
+    obsm = root.create_group("obsm", attributes={"encoding-type": "dict", "encoding-version": "0.1.0"})
+    for name in ("X_latent", "X_latent_std"):
+        _create_array(obsm, name, (n_obs, n_latent), np.dtype("float32"))
+    return root
+
+
+def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: np.dtype | VariableLengthUTF8) -> None:
+    is_text = isinstance(dtype, VariableLengthUTF8)
+    chunk = min(max(shape[0], 1), CHUNK_CELLS)
+    whole = min(-(-max(shape[0], 1) // chunk) * chunk, SHARD_CELLS)
+    group.create_array(
+        name,
+        shape=shape,
+        dtype=dtype,
+        chunks=(chunk, *shape[1:]),
+        shards=(whole, *shape[1:]),
+        compressors=[BloscCodec(cname="zstd", clevel=3, shuffle="noshuffle" if is_text else "shuffle")],
+        attributes={"encoding-type": "string-array" if is_text else "array", "encoding-version": "0.2.0"},
+    )
+
+
+def _write(root: zarr.Group, cells: Iterator[Cells]) -> str:
+    """Write cells in order and return their digest; whole shards, for a part of one would be read and written again."""
+    arrays = Cells(root["obs/_index"], root["obs/sample/codes"], root["obsm/X_latent"], root["obsm/X_latent_std"])
+    sha, start = hashlib.sha256(), 0
+    for part in _in_shards(cells):
+        for array, values in zip(arrays, part, strict=True):
+            array[start : start + len(values)] = values
+        start += len(part.names)
+        sha.update("\0".join([*part.names, ""]).encode())
+        for values in (part.loc_nk, part.scale_nk):
+            sha.update(np.ascontiguousarray(values, dtype="<f4"))
+    return sha.hexdigest()[:16]
+
+
+def _in_shards(cells: Iterator[Cells]) -> Iterator[Cells]:
+    """Yield the same cells, SHARD_CELLS at a time; the last are as many as are left."""
+    waiting: list[Cells] = []
+    for block in cells:
+        waiting.append(block)
+        while sum(len(part.names) for part in waiting) >= SHARD_CELLS:
+            joined = _join(waiting)
+            yield Cells(*(values[:SHARD_CELLS] for values in joined))
+            waiting = [Cells(*(values[SHARD_CELLS:] for values in joined))]
+    if sum(len(part.names) for part in waiting):
+        yield _join(waiting)
+
+
+def _join(parts: list[Cells]) -> Cells:
+    return Cells(*(np.concatenate(values) for values in zip(*parts, strict=True)))

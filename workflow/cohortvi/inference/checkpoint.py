@@ -1,0 +1,134 @@
+"""Training state and models on disk: safetensors for tensors, JSON for the rest, nothing that unpickles.
+
+A checkpoint is step-XXXXXXXX.safetensors with step-XXXXXXXX.json, which is written last and names the digest of the
+first: a pair that disagrees, or lacks a half, is not a checkpoint and the one before it is taken. The last two are
+kept. One process at a time holds the folder (flock); the lock falls with the process, however that ends.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from cohortvi.files import read_json, remove, replacing, write_json
+from cohortvi.inference.vae import VAE
+from cohortvi.log import logger
+
+KEPT = 2
+EPOCH_SECONDS = 5.0  # epochs shorter than this do not each write a checkpoint
+
+Tensors = dict[str, Tensor]
+
+
+class Checkpoints:
+    """The checkpoints of one training run in one folder, as a context that holds the folder's lock."""
+
+    def __init__(self, folder: Path, minutes: float):
+        self.folder = Path(folder)
+        self.seconds = 60 * minutes
+
+    def __enter__(self) -> "Checkpoints":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.close()
+            raise ValueError(
+                f"{self.folder}: another process is training into this folder; expected one at a time. "
+                "Wait for it or end it, then start again."
+            ) from None
+        for path in [*self.folder.glob("*.partial"), *self._orphans()]:
+            remove(path)
+        self.written = time.monotonic()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.lock.close()
+
+    def due(self, *, epoch_end: bool) -> bool:
+        """Whether the last checkpoint is older than the clock allows; at the end of an epoch, than a few seconds."""
+        age = time.monotonic() - self.written
+        return age >= (min(self.seconds, EPOCH_SECONDS) if epoch_end else self.seconds)
+
+    def save(self, step: int, tensors: Tensors, facts: dict[str, Any]) -> None:
+        """Write the checkpoint of `step`, whole or not at all, and remove all but the last two."""
+        path = self.folder / f"step-{step:08d}.safetensors"
+        _save_tensors(tensors, path)
+        write_json({"digest": _digest(path), "facts": facts}, path.with_suffix(".json"))
+        for old in sorted(self.folder.glob("step-*.json"))[:-KEPT]:
+            remove(old)
+            remove(old.with_suffix(".safetensors"))
+        self.written = time.monotonic()
+
+    def newest(self) -> tuple[Tensors, dict[str, Any]] | None:
+        """Return tensors and facts of the newest checkpoint that is whole; None if there is none."""
+        for path in sorted(self.folder.glob("step-*.json"), reverse=True):
+            tensors = path.with_suffix(".safetensors")
+            try:
+                found = read_json(path)
+                whole = tensors.exists() and found["digest"] == _digest(tensors)
+            except json.JSONDecodeError:
+                whole = False
+            if whole:
+                return load_file(tensors), found["facts"]
+            logger.info("checkpoint %s is damaged; the one before it is taken", path.stem)
+        return None
+
+    def _orphans(self) -> list[Path]:
+        return [path for path in self.folder.glob("step-*.safetensors") if not path.with_suffix(".json").exists()]
+
+
+class Signals:
+    """Within this context SIGTERM and SIGUSR1 are noted, not obeyed: the training loop looks between two steps."""
+
+    def __init__(self) -> None:
+        self.terminated = False
+        self.asked = False
+
+    def __enter__(self) -> "Signals":
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        self.terminated = self.terminated or number == signal.SIGTERM
+
+
+def save_model(vae: VAE, facts: dict[str, Any], path: str | Path, facts_path: str | Path) -> None:
+    """Write the weights as safetensors and what is known of the model as JSON."""
+    _save_tensors({name: value.cpu() for name, value in vae.state_dict().items()}, Path(path))
+    write_json(facts, facts_path)
+
+
+def load_model(path: str | Path) -> tuple[VAE, dict[str, Any]]:
+    """Return the model of `path` (its facts lie beside it as .json), on the CPU and in evaluation mode."""
+    facts = read_json(Path(path).with_suffix(".json"))
+    with torch.device("meta"):  # shapes alone: nothing is drawn for weights that are replaced at once
+        vae = VAE(**facts["vae"])
+    vae.load_state_dict(load_file(path), assign=True)
+    return vae.eval(), facts
+
+
+def _save_tensors(tensors: Tensors, path: Path) -> None:
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(save(tensors))
+        os.fsync(file.fileno())  # the JSON beside it must not reach the disk first
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,91 @@
+"""The state of a training run: everything that a step or an epoch changes, and nothing else; a checkpoint is a Run."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cohortvi.config import EarlyStopping
+from cohortvi.inference.checkpoint import Tensors
+from cohortvi.inference.vae import VAE
+from cohortvi.store.loader import Loader, Minibatch
+
+PLAIN = ("step", "sums", "history", "best_elbo", "best_epoch", "anchor", "waited", "finished")
+SUMS = ("cells", "loss", "reconstruction", "kl", "seconds")
+HISTORY = (  # columns; ELBO terms in nats per cell; the last two alone differ between equal runs
+    *("epoch", "step", "train_loss", "train_reconstruction", "train_kl", "kl_weight", "learning_rate"),
+    *("validation_elbo", "validation_reconstruction", "validation_kl", "cells_per_second", "seconds"),
+)
+
+
+@dataclass
+class Run:
+    """Where training stands. Between two steps it is consistent, and `tensors` with `facts` restore it exactly."""
+
+    vae: VAE
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))  # over the epoch under way
+    history: list[dict[str, float]] = field(default_factory=list)  # one row for each finished epoch
+    best_elbo: float | None = None  # validation ELBO of best_weights, nats per cell
+    best_epoch: int | None = None
+    best_weights: Tensors = field(default_factory=dict)
+    anchor: float | None = None  # the ELBO that early stopping wants bettered by min_delta
+    waited: int = 0  # epochs since it was
+    finished: bool = False
+
+    def minibatches(self) -> Iterator[Minibatch]:
+        """Yield what is left of the epoch under way (nothing if only its validation is), and keep the time."""
+        if self.loader.state_dict()["epoch"] > len(self.history):
+            return
+        began = time.monotonic()
+        for minibatch in self.loader:
+            yield minibatch
+            now = time.monotonic()
+            self.sums["seconds"] += now - began
+            began = now
+
+    def judge(self, elbo: float, limits: EarlyStopping) -> bool:
+        """Keep the weights if no epoch was better; return whether `patience` epochs have not gained `min_delta`.
+
+        `elbo` is the validation ELBO of the epoch just ended. Only for epochs that end with KL weight 1.
+        """
+        if self.best_elbo is None or elbo > self.best_elbo:
+            self.best_elbo, self.best_epoch = elbo, len(self.history)
+            self.best_weights = {name: value.clone() for name, value in self.vae.state_dict().items()}
+        if self.anchor is None or elbo > self.anchor + limits.min_delta:
+            self.anchor, self.waited = elbo, 0
+        else:
+            self.waited += 1
+        return self.waited >= limits.patience
+
+    def tensors(self) -> Tensors:
+        """Return the tensors of a checkpoint: model.*, best.* by their names, adam.* by those of the parameters."""
+        found = {f"model.{name}": value for name, value in self.vae.state_dict().items()}
+        found |= {f"best.{name}": value for name, value in self.best_weights.items()}
+        for name, parameter in self.vae.named_parameters():
+            found |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """Return the rest of a checkpoint, JSON-able."""
+        return {name: getattr(self, name) for name in PLAIN} | {"loader": self.loader.state_dict()}
+
+    def restore(self, tensors: Tensors, facts: dict[str, Any]) -> None:
+        """Become the run that `tensors` and `facts` were taken of."""
+        for name in PLAIN:
+            setattr(self, name, facts[name])
+        self.loader.load_state_dict(facts["loader"])
+        self.vae.load_state_dict(_under("model.", tensors))
+        device = next(self.vae.parameters()).device
+        self.best_weights = {name: value.to(device) for name, value in _under("best.", tensors).items()}
+        state = {at: _under(f"adam.{name}.", tensors) for at, (name, _) in enumerate(self.vae.named_parameters())}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _under(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,205 @@
+"""Training: from shards to a model, in one loop that can be killed anywhere and goes on as if it had not been.
+
+Random numbers are no state: noise and dropout of a step follow from (seed, step), the order of the cells from
+(seed, epoch). So a run resumed from any checkpoint takes the same steps, bit for bit on one CPU machine with the same
+number of threads. The KL weight counts planned steps and always reaches 1; the weights returned are those of the best
+validation ELBO among the epochs that ended with weight 1.
+"""
+
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from cohortvi.config import Model
+from cohortvi.inference.checkpoint import Checkpoints, Signals
+from cohortvi.inference.covariates import Sheet
+from cohortvi.inference.objective import Elbo, elbo, kl_weight
+from cohortvi.inference.prepare import TRAINING, VALIDATION, Setup, prepare, seed_torch
+from cohortvi.inference.run import HISTORY, SUMS, Run
+from cohortvi.inference.vae import VAE
+from cohortvi.log import Progress, logger
+from cohortvi.store.loader import Minibatch
+
+TERMINATED = 143  # exit status of a process that ended for SIGTERM
+
+
+def fit(
+    train: Sequence[Path],
+    validation: Sequence[Path],
+    model: Model,
+    *,
+    sheet: Sheet,
+    seed: int,
+    checkpoints: Path,
+    threads: int,
+) -> tuple[VAE, pd.DataFrame, dict[str, Any]]:
+    """Train a model on the shards of manifests `train`; return it with its history (a row an epoch) and its facts.
+
+    `sheet`: {column: {sample: value}} of the covariates that the sheet holds; the others are columns of the shards.
+    Goes on from the newest checkpoint in the folder `checkpoints`; one that says finished is returned as it is.
+    SIGUSR1 saves one; SIGTERM saves one and ends the process with status 143.
+    Errors: ValueError for shards that do not fit together, no validation cells, a loss that is not finite, a device
+    that is not there, checkpoints of another run or in use by another process.
+    """
+    torch.set_num_threads(threads)
+    setup, run = prepare(train, validation, model, sheet=sheet, seed=seed)
+    with Checkpoints(checkpoints, model.checkpoint_minutes) as saved, Signals() as signals:
+        resume(setup, run, saved)
+        keep = partial(save_if_due, setup, run, saved, signals)
+        progress, began = Progress((setup.planned - run.step) * model.batch_size), run.step
+        while not run.finished:
+            for minibatch in run.minibatches():
+                line = take_step(setup, run, minibatch)
+                progress.report((run.step - began) * model.batch_size, line)
+                keep()
+            close_epoch(setup, run, validate(setup, run, keep))
+            keep(epoch_end=True)
+    return result(setup, run)
+
+
+def take_step(setup: Setup, run: Run, minibatch: Minibatch) -> str:
+    """Take one optimiser step, add its terms to the epoch's sums; return a line that tells of it.
+
+    Errors: ValueError with step, rows and both terms if they are not finite; the weights are then still the old ones.
+    """
+    weight = kl_weight(run.step, setup.planned, setup.model.kl_warmup)
+    terms, found = terms_of(setup, run, minibatch, (TRAINING, run.step), weight)
+    run.optimizer.zero_grad()
+    terms.loss.backward()
+    run.optimizer.step()
+    run.step += 1
+    _add(run.sums, found)
+    means = "  ".join(f"{name} {found[name] / found['cells']:.2f}" for name in ("loss", "reconstruction", "kl"))
+    return f"step {run.step}/{setup.planned}  {means}  kl_weight {weight:.2f}"
+
+
+def terms_of(
+    setup: Setup, run: Run, minibatch: Minibatch, stream: tuple[int, int], weight: float
+) -> tuple[Elbo, dict[str, float]]:
+    """Return a minibatch's ELBO and the sums of its terms; noise and dropout follow from (seed, stream)."""
+    seed_torch(setup.seed, *stream)
+    x_ng = minibatch.x_ng.to(setup.device)
+    covariates = setup.covariates(minibatch.obs)
+    noise_nk = torch.randn(len(x_ng), setup.model.n_latent, device=setup.device)
+    terms = elbo(run.vae, x_ng, covariates, noise_nk, kl_weight=weight)
+    # One transfer; in float64, because an epoch's sum over float32 would depend on its length.
+    both = torch.stack([terms.reconstruction_n.detach(), terms.kl_n.detach()]).double().sum(1)
+    reconstruction, kl = both.tolist()
+    if not math.isfinite(reconstruction + kl):
+        rows = minibatch.rows.tolist()
+        raise ValueError(
+            f"the loss is not finite at step {run.step}: reconstruction {reconstruction / len(rows)}, "
+            f"kl {kl / len(rows)} nats per cell, kl_weight {weight}, rows {rows} of the shards; expected finite terms. "
+            "Lower models.*.learning_rate, and look at the counts and covariates of these cells."
+        )
+    loss = reconstruction + weight * kl
+    return terms, {"cells": len(x_ng), "loss": loss, "reconstruction": reconstruction, "kl": kl}
+
+
+@torch.inference_mode()
+def validate(setup: Setup, run: Run, keep: Callable[[], None]) -> dict[str, float]:
+    """Return the held-out ELBO and its terms, nats per cell: KL weight 1, no dropout, running batch statistics.
+
+    The noise is the same at every epoch, so that epochs are compared on the same draws.
+    """
+    sums = dict.fromkeys(SUMS, 0.0)
+    run.vae.eval()
+    for step, minibatch in enumerate(setup.validation):
+        _add(sums, terms_of(setup, run, minibatch, (VALIDATION, step), 1.0)[1])
+        keep()
+    run.vae.train()
+    reconstruction, kl = sums["reconstruction"] / sums["cells"], sums["kl"] / sums["cells"]
+    return {"elbo": -reconstruction - kl, "reconstruction": reconstruction, "kl": kl}
+
+
+def close_epoch(setup: Setup, run: Run, validation: dict[str, float]) -> None:
+    """Add the epoch's row to the history, keep its weights if they are the best, and decide whether to go on."""
+    weight = kl_weight(run.step - 1, setup.planned, setup.model.kl_warmup)
+    cells = run.sums["cells"]
+    run.history.append(
+        {"epoch": len(run.history) + 1, "step": run.step}
+        | {f"train_{name}": run.sums[name] / cells for name in ("loss", "reconstruction", "kl")}
+        | {"kl_weight": weight, "learning_rate": setup.model.learning_rate}
+        | {f"validation_{name}": value for name, value in validation.items()}
+        | {"cells_per_second": cells / max(run.sums["seconds"], 1e-9), "seconds": run.sums["seconds"]}
+    )
+    # Below weight 1 the ELBO is not what is optimised: such epochs neither stop the run nor give the weights.
+    stop = weight == 1 and run.judge(validation["elbo"], setup.model.early_stopping)
+    run.finished = stop or len(run.history) == setup.model.max_epochs
+    run.sums = dict.fromkeys(SUMS, 0.0)
+    logger.info("%s", _epoch_line(run, setup.model))
+
+
+def result(setup: Setup, run: Run) -> tuple[VAE, pd.DataFrame, dict[str, Any]]:
+    """Return the finished run's best model (on the CPU, in evaluation mode), its history and its facts."""
+    weight = run.history[-1]["kl_weight"]
+    if weight != 1:
+        raise ValueError(f"training ended with KL weight {weight}; expected 1, without which the ELBO was not trained")
+    run.vae.load_state_dict(run.best_weights)
+    facts = {
+        "settings": asdict(setup.model),
+        "vae": run.vae.settings,
+        "genes": list(setup.train.var_names),
+        **setup.columns.facts(),
+        "seed": setup.seed,
+        "shards": setup.shards,
+        "n_obs": setup.train.n_obs,
+        "n_parameters": sum(parameter.numel() for parameter in run.vae.parameters()),
+        "n_steps": run.step,
+        "n_epochs": len(run.history),
+        "kl_weight": weight,
+        "best_epoch": run.best_epoch,
+        "best_validation_elbo": run.best_elbo,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy")},
+    }
+    return run.vae.cpu().eval(), pd.DataFrame(run.history, columns=HISTORY), facts
+
+
+def resume(setup: Setup, run: Run, saved: Checkpoints) -> None:
+    """Put the run where its newest checkpoint left it, if there is one."""
+    found = saved.newest()
+    if found is None:
+        logger.info("training %d steps on %s", setup.planned, setup.device)
+        return
+    tensors, facts = found
+    if facts.pop("key") != setup.key:
+        raise ValueError(
+            f"{saved.folder}: its checkpoints are of other shards, settings or seed; expected those of this run. "
+            "Give every run a folder of its own, or empty this one."
+        )
+    run.restore(tensors, facts)
+    logger.info("going on from step %d of %d on %s", run.step, setup.planned, setup.device)
+
+
+def save_if_due(setup: Setup, run: Run, saved: Checkpoints, signals: Signals, *, epoch_end: bool = False) -> None:
+    """Save the run if the clock, a signal or its end asks for it; after SIGTERM end the process."""
+    if run.finished or signals.asked or saved.due(epoch_end=epoch_end):
+        saved.save(run.step, run.tensors(), run.facts() | {"key": setup.key})
+        signals.asked = False
+    if signals.terminated and not run.finished:
+        logger.info("SIGTERM: saved at step %d, ending", run.step)
+        raise SystemExit(TERMINATED)
+
+
+def _add(sums: dict[str, float], found: dict[str, float]) -> None:
+    for name, value in found.items():
+        sums[name] += value
+
+
+def _epoch_line(run: Run, model: Model) -> str:
+    row = run.history[-1]
+    best = "none yet" if run.best_elbo is None else f"{run.best_elbo:.2f} of epoch {run.best_epoch}"
+    return (
+        f"epoch {row['epoch']}/{model.max_epochs}  train loss {row['train_loss']:.2f}  "
+        f"validation elbo {row['validation_elbo']:.2f}  reconstruction {row['validation_reconstruction']:.2f}  "
+        f"kl {row['validation_kl']:.2f}  kl_weight {row['kl_weight']:.2f}  best {best}  "
+        f"{row['cells_per_second']:,.0f} cells/s"
+    )

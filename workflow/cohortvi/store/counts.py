@@ -1,0 +1,201 @@
+"""counts/{sample}.zarr: the counts of one sample's kept cells, in the order of its file.
+
+A store is read through its manifest, the JSON file beside it: `CountsReader` opens stores of this layout, shards
+included, and refuses one that its manifest does not describe or whose rows cannot be what was written.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import zarr
+
+from cohortvi.files import digest, read_json
+from cohortvi.store.kernels import first_bad_row, map_genes
+from cohortvi.store.layout import MAX_COUNT, Rows, id_type, quiet, write_store, write_x
+
+REBUILD = "delete the store and its manifest and run the workflow again, which writes both"
+FACTS = ("n_obs", "n_vars", "nnz", "dtype", "genes", "obs", "columns", "content", "samples")
+
+
+def write_counts(
+    blocks: Iterable[sp.csr_matrix], obs: pd.DataFrame, var: pd.DataFrame, path: str | Path, *, sample: str
+) -> dict[str, Any]:
+    """Write a sample's blocks of rows (n, g), in order, as the store `path`, and return its manifest.
+
+    Blocks: whole numbers, sorted by gene, without zeros. obs: a row per cell with `row`, the cell's row in the raw
+    store; text becomes categorical. No cell at all is a valid store. Errors: ValueError if blocks, obs and var do not
+    fit together, or a value is no count.
+    """
+    if len(obs) and "row" not in obs:
+        raise ValueError(f"{path}: obs has no column 'row'; expected each cell's row in the raw store")
+    rows = (_as_rows(block, len(var), path) for block in blocks)
+    return write_store(rows, obs, var, path, {"samples": {sample: len(obs)}})
+
+
+def _as_rows(block: sp.csr_matrix, n_vars: int, path: str | Path, largest: int = MAX_COUNT) -> Rows:
+    data = block.data
+    if block.shape[1] != n_vars:
+        raise ValueError(f"{path}: a block has {block.shape[1]} genes; expected the {n_vars} of var")
+    if data.dtype.kind not in "ui" or (len(data) and not 0 <= data.min() <= data.max() <= largest):
+        raise ValueError(f"{path}: a block of type {data.dtype} holds values that are no counts up to {largest}")
+    return Rows(block.indptr.astype(np.int64), block.indices.astype(np.uint32), data.astype(np.uint32))
+
+
+def write_anndata(adata: ad.AnnData, path: str | Path) -> None:
+    """Write an AnnData as zarr v3, sharded, metadata consolidated: stray files in the folder do not disturb readers."""
+    with quiet(), ad.settings.override(auto_shard_zarr_v3=True):
+        root = zarr.open_group(path, mode="w", zarr_format=3)
+        ad.io.write_elem(root, "/", adata)
+        zarr.consolidate_metadata(path)
+
+
+def write_stream(blocks: Iterable[sp.csr_matrix], frame: ad.AnnData, path: str | Path, dtype: type) -> None:
+    """Write `frame`, an AnnData without X, with the blocks of rows (n, g), in order, as its X of type `dtype`.
+
+    X is CSR of plain types and codecs: any reader of AnnData opens it. Memory: a block, and a shard of elements.
+    Errors: ValueError if blocks and frame do not fit together, or a value is no count up to the largest of `dtype`.
+    """
+    largest = min(np.iinfo(dtype).max, MAX_COUNT)
+    rows = (_as_rows(block, frame.n_vars, path, largest) for block in blocks)
+    with quiet(), ad.settings.override(auto_shard_zarr_v3=True):
+        root = zarr.open_group(path, mode="w", zarr_format=3)
+        ad.io.write_elem(root, "/", frame)
+        write_x(rows, root, Path(path), frame.shape, np.dtype(dtype).name)
+        zarr.consolidate_metadata(path)
+
+
+def open_counts(manifest: str | Path, genes: Sequence[str] | None = None) -> "CountsReader":
+    """Open the store that a manifest describes, to be read over its own genes or over `genes`.
+
+    Errors: ValueError if the store is not there or not the one described.
+    """
+    return CountsReader(manifest, genes)
+
+
+class CountsReader:
+    """A store of counts, read by ranges of rows; opening reads metadata and the last row's end alone.
+
+    With `genes`, rows come over these in their order, and those that the store does not have count 0.
+    """
+
+    def __init__(self, manifest: str | Path, genes: Sequence[str] | None = None):
+        self.path = Path(manifest).with_suffix(".zarr")
+        self.manifest = read_manifest(manifest)
+        self.n_obs, self.n_vars = self.manifest["n_obs"], self.manifest["n_vars"]
+        with quiet():
+            self.root = self._open()
+        self.indptr, self.indices, self.data = (self.root[f"X/{name}"] for name in ("indptr", "indices", "data"))
+        self._check_shape()
+        self.genes = None if genes is None else pd.Index(genes, dtype=object)
+        if self.genes is not None:
+            self.n_vars, self.place = len(self.genes), self.genes.get_indexer(self.var.index).astype(np.int32)
+
+    def _open(self) -> zarr.Group:
+        try:
+            root = zarr.open_group(self.path, mode="r")
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"{self.path}: no store that can be opened ({error}); {REBUILD}") from error
+        written = root.attrs.get("manifest", {})
+        differing = sorted(name for name in self.manifest if written.get(name) != self.manifest[name])
+        if differing:
+            raise ValueError(f"{self.path}: {', '.join(differing)} differ from the manifest beside it; {REBUILD}")
+        return root
+
+    def _check_shape(self) -> None:
+        with self._reading("the last row's end"):
+            sizes = (self.indptr.size - 1, int(self.indptr[-1]), self.indices.size, self.data.size)
+        expected = (self.n_obs, *[self.manifest["nnz"]] * 3)
+        if sizes != expected:
+            found = f"rows, end of the last row, ids and counts number {sizes}"
+            raise ValueError(f"{self.path}: {found}; expected {expected}; {REBUILD}")
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        # Of a damaged chunk, zarr and its codecs raise any of these.
+        try:
+            yield
+        except (ValueError, RuntimeError, OSError) as error:
+            found = f"{what} cannot be read ({error})"
+            raise ValueError(f"{self.path}: {found}; the store is damaged: {REBUILD}") from error
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        """The table of the cells, all columns."""
+        with self._reading("obs"):
+            return ad.io.read_elem(self.root["obs"])
+
+    @cached_property
+    def var(self) -> pd.DataFrame:
+        """The table of the store's own genes; ValueError if they are not those of the manifest."""
+        with self._reading("var"):
+            var = ad.io.read_elem(self.root["var"])
+        if digest(var.index.tolist()) != self.manifest["genes"]:
+            raise ValueError(f"{self.path}: the genes of var differ from the manifest's; {REBUILD}")
+        return var
+
+    @property
+    def var_names(self) -> pd.Index:
+        """The names of the genes that rows come over."""
+        return self.var.index if self.genes is None else self.genes
+
+    def categories(self, column: str) -> list[str] | None:
+        """Return the categories of a categorical column of obs; None if it is not categorical."""
+        element = self.root[f"obs/{column}"]
+        return [str(value) for value in element["categories"][:]] if isinstance(element, zarr.Group) else None
+
+    def column(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return rows start:stop of a column of obs: codes int64 if it is categorical, otherwise float32.
+
+        Errors: ValueError if a value is missing.
+        """
+        element = self.root[f"obs/{name}"]
+        is_categorical = isinstance(element, zarr.Group)
+        with self._reading(f"column {name!r}"):
+            values = element["codes"][start:stop] if is_categorical else element[start:stop]
+        if (values.min(initial=0) < 0) if is_categorical else not np.isfinite(values).all():
+            raise ValueError(f"{self.path}: column {name!r} has no value for some cells; expected one for every cell")
+        return values.astype(np.int64 if is_categorical else np.float32)
+
+    def read(self, start: int, stop: int) -> Rows:
+        """Return rows start:stop in compact types; ValueError if they cannot be what was written."""
+        with self._reading(f"cells {start} to {stop}"):
+            ends = self.indptr[start : stop + 1]
+            if ends[0] < 0 or ends[-1] > self.manifest["nnz"] or (np.diff(ends) < 0).any():
+                raise ValueError("row ends do not rise")
+            rows = Rows(ends - ends[0], self.indices[ends[0] : ends[-1]], self.data[ends[0] : ends[-1]])
+            if first_bad_row(*rows, self.manifest["n_vars"]) >= 0:
+                raise ValueError("gene ids do not rise or counts are zero")
+        return rows if self.genes is None else self._over_genes(rows)
+
+    def _over_genes(self, rows: Rows) -> Rows:
+        indices, data = np.empty(len(rows.indices), id_type(self.n_vars)), np.empty_like(rows.data)
+        ends = map_genes(tuple(rows), self.place, indices, data)
+        return Rows(ends, indices[: ends[-1]], data[: ends[-1]])
+
+    def chunks(self, size: int) -> Iterator[tuple[int, sp.csr_matrix]]:
+        """Yield (first row, counts of up to `size` rows as uint32 CSR with int32 ids), in order."""
+        for start in range(0, self.n_obs, size):
+            indptr, indices, data = self.read(start, min(start + size, self.n_obs))
+            arrays = (data.astype(np.uint32), indices.astype(np.int32), indptr)
+            yield start, sp.csr_matrix(arrays, shape=(len(indptr) - 1, self.n_vars))
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """Return a manifest; ValueError if the file is absent, no JSON, or lacks what a manifest holds."""
+    try:
+        manifest = read_json(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such manifest; run the workflow, which writes it beside the store") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error}); the manifest is damaged: {REBUILD}") from error
+    missing = [name for name in FACTS if name not in manifest]
+    if missing:
+        raise ValueError(f"{path}: the manifest lacks {', '.join(missing)}; {REBUILD}")
+    return manifest
