@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from workflows import copy_repository, run
 
 from cohortvi.config import Config, check
 
@@ -44,3 +45,11 @@ def samples_schema() -> dict:
 def demo_config(demo_values, config_schema) -> Config:
     """The config of the demo cohort."""
     return check(demo_values, config_schema)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_demo(tmp_path_factory) -> Path:
+    """A clone in which the demo ran from beginning to end, to compare others with."""
+    clone = copy_repository(tmp_path_factory.mktemp("undisturbed") / "clone")
+    run(clone, tiny=False)
+    return clone

@@ -38,7 +38,7 @@ def test_schema_dataclasses_and_config_have_the_same_keys(demo_values, config_sc
     [
         ("qc.doublet", 1, "qc.doublet: unknown key; did you mean 'doublets'?"),
         ("store.shard", 1, "store.shard: unknown key; did you mean 'shards'?"),
-        ("modles", {}, "modles: unknown key; did you mean 'models'?"),
+        ("modelz", {}, "modelz: unknown key; did you mean 'models'?"),
         ("store.shards", "4", "store.shards: found '4' (text); expected integer"),
         ("seed", -1, "seed: found -1 (an integer); expected at least 0"),
         ("seed", None, "seed: found None (nothing); expected integer"),

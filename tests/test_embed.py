@@ -122,14 +122,28 @@ def test_a_sample_without_cells_is_counted_and_takes_no_room(cohort, tmp_path):
     assert ad.io.read_zarr(tmp_path / "latent.zarr").n_obs == 300
 
 
-def test_other_genes_are_refused(cohort, tmp_path):
+def with_genes(cohort: Path, folder: Path, genes: list[str]) -> Path:
+    """Return the plain model as if trained on genes of these names."""
     facts = json.loads((cohort / "plain.json").read_text())
-    write_json(facts | {"genes": facts["genes"][::-1]}, tmp_path / "model.json")
-    (tmp_path / "model.safetensors").write_bytes((cohort / "plain.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="its 30 genes are not the 30 genes of the model"):
-        embed(
-            tmp_path / "model.safetensors", counts_of(cohort), tmp_path / "o.zarr", sheet={}, chunk_cells=9, threads=1
-        )
+    write_json(facts | {"genes": genes}, folder / "model.json")
+    (folder / "model.safetensors").write_bytes((cohort / "plain.safetensors").read_bytes())
+    return folder / "model.safetensors"
+
+
+def test_genes_are_found_by_their_names(cohort, tmp_path):
+    model = with_genes(cohort, tmp_path, [f"gene{i}" for i in reversed(range(tiny_cohort.N_VARS))])
+    embed(model, counts_of(cohort), tmp_path / "latent.zarr", sheet={}, chunk_cells=200, threads=1)
+    x, _ = tiny_cohort.simulate(150, seed=0)
+    x_ng = torch.from_numpy(x.toarray()[:, ::-1].astype(np.float32))
+    with torch.inference_mode():
+        expected = load_model(model)[0].encode(x_ng, Covariates(torch.zeros(150, dtype=torch.int64))).loc_nk
+    np.testing.assert_allclose(ad.io.read_zarr(tmp_path / "latent.zarr").obsm["X_latent"][:150], expected, atol=1e-5)
+
+
+def test_stores_with_none_of_the_models_genes_are_refused(cohort, tmp_path):
+    model = with_genes(cohort, tmp_path, [f"ENSG{i}" for i in range(tiny_cohort.N_VARS)])
+    with pytest.raises(ValueError, match="it has none of the 30 genes of the model"):
+        embed(model, counts_of(cohort), tmp_path / "o.zarr", sheet={}, chunk_cells=9, threads=1)
     assert not (tmp_path / "o.zarr").exists()
 
 

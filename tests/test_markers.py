@@ -9,6 +9,7 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cohortvi.atlas.clusters import from_largest
 from cohortvi.atlas.markers import Moments, log_normalize, markers
 from cohortvi.atlas.metrics import agreement, batch_mixing, silhouette
 
@@ -89,3 +90,9 @@ def test_silhouette_of_far_clusters_is_near_one_and_of_one_cluster_is_none():
     latent = np.repeat([[0.0, 0.0], [100.0, 0.0]], 20, axis=0) + np.random.default_rng(0).normal(size=(40, 2))
     assert silhouette(latent, pd.Series(["0"] * 20 + ["1"] * 20), 0) > 0.9
     assert silhouette(latent, pd.Series(["0"] * 40), 0) is None
+
+
+def test_clusters_are_numbered_from_the_largest():
+    found = from_largest(pd.Series(pd.Categorical(["b", "a", "a", "c", "c", "c"])))
+    assert list(found) == ["2", "1", "1", "0", "0", "0"]
+    assert list(found.cat.categories) == ["0", "1", "2"]

@@ -1,4 +1,4 @@
-"""The demo through `snakemake --profile slurm` on a real Slurm (tests/slurm/start.sh), a requeue in the middle included."""
+"""The demo by `snakemake --profile slurm` on a real Slurm (tests/slurm/start.sh), with a requeue in the middle."""
 
 import os
 import re
@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from workflows import assert_same_results, copy_repository, environment, run
+from workflows import assert_same_results, copy_repository, environment
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,8 +54,8 @@ def requeue_training(clone, process) -> str:
     pytest.fail("the run ended before its training job had left a checkpoint")
 
 
-def test_the_demo_on_slurm_with_a_requeue_equals_the_local_run(tmp_path):
-    local, remote = (copy_repository(tmp_path / name) for name in ("local", "remote"))
+def test_the_demo_on_slurm_with_a_requeue_equals_the_local_run(undisturbed_demo, tmp_path):
+    remote = copy_repository(tmp_path / "remote")
     log = tmp_path / "slurm.log"
     with log.open("w") as out:
         process = subprocess.Popen(COMMAND, cwd=remote, env=environment(remote), stdout=out, stderr=out)
@@ -68,5 +68,4 @@ def test_the_demo_on_slurm_with_a_requeue_equals_the_local_run(tmp_path):
     assert len(set(re.findall(r"SLURM jobid '?(\d+)'?", text))) > 50, "not every job went through Slurm"
     training = (remote / "logs/train/nb.log").read_text()
     assert "going on from step" in training, f"job {job} began anew:\n{training}"
-    run(local, tiny=False)
-    assert_same_results(local, remote)
+    assert_same_results(undisturbed_demo, remote)

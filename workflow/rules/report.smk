@@ -11,7 +11,6 @@ rule report:
             batch=sorted(set(BATCHES.values())),
         ),
         ledger="results/cohort/ledger.tsv",
-        template=[workflow.source_path(f"../cohortvi/report/{name}") for name in ("template.html", "style.css")],
         models=expand(
             "results/models/{model}/{file}",
             model=MODELS,
@@ -43,8 +42,12 @@ rule report:
         runtime=minutes(60),
     params:
         config=config,
-        sheet={name: {**sample.columns, "batch": sample.batch} for name, sample in SAMPLES.items()},
+        sheet={
+            name: {**sample.columns, "batch": sample.batch}
+            for name, sample in SAMPLES.items()
+        },
         benchmarks="benchmarks/out",
+        template=text_digest("report/template.html", "report/style.css"),
         code=code("report"),
     script:
         "../../scripts/report.py"

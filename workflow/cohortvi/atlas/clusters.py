@@ -25,4 +25,11 @@ def leiden_clusters(graph: ad.AnnData, resolutions: Sequence[float], seed: int) 
             directed=False,
             random_state=seed,
         )
-    return graph.obs[[column(resolution) for resolution in resolutions]]
+    return graph.obs[[column(resolution) for resolution in resolutions]].apply(from_largest)
+
+
+def from_largest(clusters: pd.Series) -> pd.Series:
+    """Return the clusters as categories "0", "1" ... from the largest to the smallest; ties keep their order."""
+    names = clusters.value_counts(sort=False).sort_values(ascending=False, kind="stable").index
+    renamed = clusters.astype(str).map({str(name): str(i) for i, name in enumerate(names)})
+    return renamed.astype(pd.CategoricalDtype([str(i) for i in range(len(names))]))

@@ -49,6 +49,9 @@ def _name_faults(config: Config, samples: Sequence[Sample]) -> Iterator[str]:
             near = difflib.get_close_matches(name, known, n=1)
             shown = ", ".join(sorted(known)[:12])
             yield f"{where}: {name!r} is unknown; " + (f"did you mean {near[0]!r}?" if near else f"there are {shown}")
+    truth = config.atlas.metrics.truth
+    if truth and not truth.startswith("resources/") and not Path(truth).is_dir():
+        yield f"atlas.metrics.truth: no such folder {truth!r}; set it to null unless the cohort is a simulated one"
     yield from _covariate_faults(config, samples)
 
 

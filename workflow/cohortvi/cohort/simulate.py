@@ -148,3 +148,4 @@ def write_raw(blocks: Iterator[sp.csr_matrix], obs: pd.DataFrame, var: pd.DataFr
     matrix = ad.io.sparse_dataset(group["X"])
     for block in blocks:
         matrix.append(block)
+    zarr.consolidate_metadata(path)  # readers then look for no member that is not there

@@ -28,6 +28,7 @@ from cohortvi.inference.vae import VAE
 from cohortvi.log import Progress, logger
 from cohortvi.store.loader import Minibatch
 
+PACKAGES = ("cohortvi", "numpy", "safetensors", "torch")  # whose versions a model carries
 TERMINATED = 143  # exit status of a process that ended for SIGTERM
 
 
@@ -158,7 +159,7 @@ def result(setup: Setup, run: Run) -> tuple[VAE, pd.DataFrame, dict[str, Any]]:
         "kl_weight": weight,
         "best_epoch": run.best_epoch,
         "best_validation_elbo": run.best_elbo,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "numpy")},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
     return run.vae.cpu().eval(), pd.DataFrame(run.history, columns=HISTORY), facts
 

@@ -26,7 +26,7 @@ DISPERSIONS = ("gene", "gene-batch")
 class VAE(nn.Module):
     """Encoder, decoder and dispersions. `settings` holds the arguments: VAE(**vae.settings) has the same shapes."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by name, and together they are the model
         self,
         n_genes: int,
         n_batches: int,
