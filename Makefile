@@ -7,7 +7,7 @@ SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 # Files that are written by Python must not depend on the locale, nor libraries on a home that can't be written.
 export PYTHONUTF8 := 1
 
-.PHONY: help setup demo kang unlock test test-fast test-kill test-slurm lint format bench clean
+.PHONY: help setup demo kang unlock test test-fast test-kill test-slurm lint format bench bench-kang clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -65,6 +65,9 @@ format: $(VENV)/.test ## bring the code into form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/snakefmt Snakefile workflow
+
+bench-kang: $(VENV)/.peers ## our model beside scvi-tools on the cohort of Kang et al. (COHORTVI_TEST_DATA)
+	$(BIN)/python benchmarks/kang.py
 
 bench: $(VENV)/.test ## speed and memory of every rule up to the shards (benchmarks/)
 	$(BIN)/python benchmarks/scale.py

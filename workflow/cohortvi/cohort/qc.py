@@ -17,6 +17,10 @@ from cohortvi.cohort.readers import Raw, iter_counts
 from cohortvi.config import Doublets, Gate, Qc, Threshold
 
 KEPT = ""
+# Without centring the principal axes come from the sparse matrix; with it, scanpy holds dense copies of all cells and
+# simulated doublets, gigabytes for a sample of ten thousand cells. Exact neighbours need less memory than approximate
+# ones, which moreover are compiled anew in every job.
+SCRUBLET = {"mean_center": False, "use_approx_neighbors": False}
 
 
 def qc_metrics(raw: Raw, gene_sets: dict[str, str | list[str]]) -> pd.DataFrame:
@@ -115,7 +119,7 @@ def score_doublets(
         return score, call, None
     counts = sp.vstack([block for _, block in iter_counts(raw, keep)], format="csr").astype(np.float32)
     cells = ad.AnnData(counts, obs=pd.DataFrame(index=raw.obs.index[keep]), var=pd.DataFrame(index=raw.var.index))
-    sc.pp.scrublet(cells, expected_doublet_rate=doublets.expected_rate, random_state=seed, verbose=False)
+    sc.pp.scrublet(cells, expected_doublet_rate=doublets.expected_rate, random_state=seed, verbose=False, **SCRUBLET)
     score[keep] = cells.obs["doublet_score"]
     threshold = cells.uns["scrublet"].get("threshold")
     if threshold is not None:

@@ -1,0 +1,139 @@
+"""Our model beside scvi-tools' SCVI on the cohort of Kang et al. 2018, in one process: `make bench-kang`.
+
+16 batches (8 donors x 2 conditions), the 2,000 genes most variable over them out of those detected in both conditions.
+Same cells, held-out cells, genes, epochs and batch size for both; NB likelihood; each with its own defaults for the
+rest. Held-out ELBO: scvi-tools' own evaluator for both, our weights copied over. ARI and NMI: Leiden against the
+published cell types, the best over the same resolutions. Reads kang_ifnb_13999/kang_ifnb_13999.h5ad in the folder that
+COHORTVI_TEST_DATA names.
+"""
+
+import argparse
+import logging
+import os
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scanpy as sc
+import scipy.sparse as sp
+import torch
+import yaml
+from scvi_weights import to_scvi_state
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+from cohortvi.config import Model, Store, Validation, build
+from cohortvi.files import write_json
+from cohortvi.inference.train import fit
+from cohortvi.store.counts import open_counts, write_counts
+from cohortvi.store.names import shard_names
+from cohortvi.store.shards import write_shard
+
+ROOT = Path(__file__).parent.parent
+RESOLUTIONS = np.round(np.arange(0.2, 2.01, 0.2), 1)
+SPLIT = Store(4, Validation(0.1, "cell"))
+
+
+def read_kang() -> ad.AnnData:
+    """Return the 13,963 cells of known donor on the 2,000 most variable of the genes detected in both conditions."""
+    path = Path(os.environ["COHORTVI_TEST_DATA"]) / "kang_ifnb_13999" / "kang_ifnb_13999.h5ad"
+    cells = ad.read_h5ad(path)
+    cells = cells[cells.obs["donor"] != "NA"].copy()
+    cells.obs["sample"] = pd.Categorical(cells.obs["donor"].astype(str) + "-" + cells.obs["condition"].astype(str))
+    stim = (cells.obs["condition"] == "stim").to_numpy()
+    detected = [np.asarray((cells.X[rows] > 0).sum(0)).ravel() > 0 for rows in (stim, ~stim)]
+    cells = cells[:, detected[0] & detected[1]].copy()
+    cells.X = sp.csr_matrix(cells.X, dtype=np.float32)
+    sc.pp.highly_variable_genes(cells, flavor="seurat_v3", n_top_genes=2000, batch_key="sample", span=0.5, subset=True)
+    return cells
+
+
+def write_shards(cells: ad.AnnData, folder: Path) -> tuple[list[Path], list[Path], np.ndarray]:
+    """Write the cells as the workflow does; return the training and validation manifests, and who is held out."""
+    counts = []
+    for sample in cells.obs["sample"].cat.categories:
+        rows = np.flatnonzero(cells.obs["sample"] == sample)
+        block = sp.csr_matrix(cells.X[rows], dtype=np.uint32)
+        obs = pd.DataFrame({"row": np.arange(len(rows)), "sample": sample, "batch": sample}, cells.obs_names[rows])
+        path = folder / f"{sample}.json"
+        write_json(write_counts([block], obs, cells.var[[]], path.with_suffix(".zarr"), sample=sample), path)
+        counts.append(path)
+    paths = []
+    for name in shard_names(SPLIT):
+        split, shard = name.split("-")
+        path = folder / f"{name}.json"
+        write_json(write_shard(counts, split, int(shard), path.with_suffix(".zarr"), seed=0, store=SPLIT), path)
+        paths.append(path)
+    train, validation = ([path for path in paths if path.name.startswith(split)] for split in ("train", "validation"))
+    held_out = np.concatenate([open_counts(path).obs.index for path in validation])
+    return train, validation, np.flatnonzero(cells.obs_names.isin(held_out))
+
+
+def agreement(latent_nk: np.ndarray, labels: pd.Series) -> tuple[float, float]:
+    """Return the best ARI and the best NMI of Leiden clusters with the labels over RESOLUTIONS."""
+    graph = ad.AnnData(obs=pd.DataFrame(index=labels.index), obsm={"X": latent_nk})
+    sc.pp.neighbors(graph, use_rep="X", transformer="sklearn", random_state=0)
+    found = []
+    for resolution in RESOLUTIONS:
+        sc.tl.leiden(graph, resolution, flavor="igraph", n_iterations=2, directed=False, random_state=0)
+        clusters = graph.obs["leiden"]
+        found.append((adjusted_rand_score(labels, clusters), normalized_mutual_info_score(labels, clusters)))
+    return max(ari for ari, _ in found), max(nmi for _, nmi in found)
+
+
+def judge(scvi_model, cells: ad.AnnData, held_out: np.ndarray) -> dict[str, float]:
+    """Return held-out ELBO (nats per cell, mean of three draws), ARI and NMI of what lies in an SCVI model."""
+    scvi_model.module.eval()
+    elbo = np.mean([float(scvi_model.get_elbo(indices=held_out, batch_size=1024)) for _ in range(3)])
+    ari, nmi = agreement(scvi_model.get_latent_representation(batch_size=1024), cells.obs["cell_type"])
+    return {"held-out ELBO": elbo, "ARI": ari, "NMI": nmi}
+
+
+def main() -> None:
+    """Train both with every seed; print a row a run, then means and spreads."""
+    import scvi
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    values = yaml.safe_load((ROOT / "config/config.yaml").read_text())["models"]["nb"]
+    ours = replace(build(Model, values), max_epochs=arguments.epochs, device="cpu")
+    cells = read_kang()
+    scvi.model.SCVI.setup_anndata(cells, batch_key="sample")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        train, validation, held_out = write_shards(cells, Path(folder))
+        kept = np.setdiff1d(np.arange(cells.n_obs), held_out)
+        for seed in arguments.seeds:
+            scvi.settings.seed = seed
+            torch.set_num_threads(arguments.threads)
+            model = scvi.model.SCVI(cells, gene_likelihood="nb")
+            model.train(
+                max_epochs=arguments.epochs,
+                batch_size=ours.batch_size,
+                accelerator="cpu",
+                enable_progress_bar=False,
+                plan_kwargs={"n_epochs_kl_warmup": round(ours.kl_warmup * arguments.epochs)},
+                datasplitter_kwargs={"external_indexing": [kept, held_out]},
+            )
+            rows.append({"model": "scvi-tools 1.4.2", "seed": seed, **judge(model, cells, held_out)})
+            print(rows[-1], flush=True)
+            saved = Path(folder) / f"checkpoints-{seed}"
+            vae, _, _ = fit(train, validation, ours, sheet={}, seed=seed, checkpoints=saved, threads=arguments.threads)
+            model.module.load_state_dict(to_scvi_state(vae), strict=False)
+            rows.append({"model": "cohortvi", "seed": seed, **judge(model, cells, held_out)})
+            print(rows[-1], flush=True)
+    table = pd.DataFrame(rows)
+    print(table.round(3).to_markdown(index=False))
+    print(table.drop(columns="seed").groupby("model").agg(["mean", "std"]).round(3).to_markdown())
+
+
+if __name__ == "__main__":
+    main()
