@@ -1,4 +1,6 @@
 # Included first: config and sheet are checked here, before any job starts, and the names that the rules share are made.
+import shlex
+import sys
 from pathlib import Path
 
 import yaml
@@ -10,6 +12,10 @@ from cohortvi.digest import code as code_digest
 from cohortvi.files import digest
 from cohortvi.store.names import shard_names
 from snakemake.exceptions import WorkflowError
+
+# Snakemake puts the interpreter's path into shell commands as it is, which fails in a clone whose path holds a space.
+if not sys.executable.startswith("'"):
+    sys.executable = shlex.quote(sys.executable)
 
 ROOT = Path(workflow.basedir)
 DEMO = "resources/demo"
