@@ -45,7 +45,7 @@ def kill_during(clone: Path, rule: str, delay: float, log: Path) -> bool:
 
 
 def test_a_run_killed_again_and_again_ends_like_one_left_alone(undisturbed_demo, tmp_path, request):
-    clone = copy_repository(tmp_path / "clone")
+    clone = copy_repository(tmp_path / "clone", undisturbed_demo)
     chosen = sorted(RULES[: request.config.getoption("--kills")], key=WALK.index)
     rng = random.Random(0)
     killed = []

@@ -55,7 +55,7 @@ def requeue_training(clone, process) -> str:
 
 
 def test_the_demo_on_slurm_with_a_requeue_equals_the_local_run(undisturbed_demo, tmp_path):
-    remote = copy_repository(tmp_path / "remote")
+    remote = copy_repository(tmp_path / "remote", undisturbed_demo)
     log = tmp_path / "slurm.log"
     with log.open("w") as out:
         process = subprocess.Popen(COMMAND, cwd=remote, env=environment(remote), stdout=out, stderr=out)

@@ -39,9 +39,9 @@ TINY = {
 }
 
 
-def copy_repository(target: Path) -> Path:
+def copy_repository(target: Path, source: Path = ROOT) -> Path:
     """Copy what a clone holds, uncommitted changes included, without results."""
-    shutil.copytree(ROOT, target, ignore=NOT_COPIED)
+    shutil.copytree(source, target, ignore=NOT_COPIED)
     return target
 
 
