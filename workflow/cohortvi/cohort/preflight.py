@@ -74,6 +74,7 @@ def check_files(config: Config, samples: Sequence[Sample], made: Collection[str]
     what was found.
     """
     known = read_json(memory) if memory.is_file() else {"samples": {}, "genes": {}}
+    remembered = dict(known["samples"])
     found, genes, faults = {}, {}, []
     settings = [config.cohort.gene_key, config.qc.symbols, list(config.cohort.keep_obs)]
     for sample in samples:
@@ -105,7 +106,7 @@ def check_files(config: Config, samples: Sequence[Sample], made: Collection[str]
         )
     if faults:
         raise ValueError("the samples have faults:\n" + "\n".join(f"  - {fault}" for fault in faults))
-    if found != known["samples"]:
+    if found != remembered:
         write_json({"samples": found, "genes": genes}, memory)
 
 
