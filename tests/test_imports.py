@@ -60,4 +60,4 @@ def test_every_script_bears_the_name_of_a_rule_and_is_short():
     rules = "\n".join(path.read_text() for path in (PACKAGE.parent / "rules").glob("*.smk"))
     for script in (PACKAGE.parent.parent / "scripts").glob("*.py"):
         assert f"rule {script.stem}:" in rules
-        assert len(script.read_text().splitlines()) <= 30
+        assert len(script.read_text().splitlines()) <= 25

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cohortvi.files import read_json, remove, replacing, write_json
+from cohortvi.files import digest, read_json, remove, replacing, write_json
 from cohortvi.inference.vae import VAE
 from cohortvi.log import logger
 
@@ -27,6 +27,18 @@ KEPT = 2
 EPOCH_SECONDS = 5.0  # epochs shorter than this do not each write a checkpoint
 
 Tensors = dict[str, Tensor]
+
+
+def run_folder(prefix: str | Path, *what: Any) -> Path:
+    """Return the folder of a run's checkpoints, PREFIX-DIGEST over all that decides the run (JSON-able)."""
+    return Path(f"{prefix}-{digest(*what)}")
+
+
+def forget_other_runs(folder: Path, prefix: str | Path) -> None:
+    """Remove the folders that runs of other settings, shards or code left under the same prefix."""
+    for other in folder.parent.glob(f"{Path(prefix).name}-*"):
+        if other != folder:
+            remove(other)
 
 
 class Checkpoints:
