@@ -7,7 +7,6 @@ All shards of a cohort have the same genes, columns and categories.
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,11 @@ import numpy as np
 import pandas as pd
 
 from cohortvi.config import Store, Validation
-from cohortvi.store.counts import REBUILD, CountsReader, read_manifest
+from cohortvi.store.counts import CountsReader, read_manifest
 from cohortvi.store.kernels import take_rows
 from cohortvi.store.layout import Rows, id_type, write_store
 from cohortvi.store.names import shard_names
 
-SPLITS = ("train", "validation")
 DRAWS = 65_536  # draws made together
 READ_CELLS = 2_048  # rows of a counts store in memory at a time
 WRITE_CELLS = 8_192
@@ -206,25 +204,3 @@ def _gather(shares: Sequence[_Share], genes: pd.Index, dtype: np.dtype) -> Rows:
                 start, stop = positions[low], positions[high - 1] + 1
                 gathered.append(*take_rows(*reader.read(start, stop), positions[low:high] - start))
     return gathered.rows()
-
-
-def check_shards(counts: Sequence[str | Path], shards: Sequence[str | Path]) -> pd.DataFrame:
-    """Return the number of cells per sample in counts, train and validation; every cell must lie in one shard.
-
-    Errors: ValueError that names each sample whose shards do not hold its cells, or the split that has no cell.
-    """
-    manifests = {Path(path): read_manifest(path) for path in (*counts, *shards)}
-    check_genes({path: manifest for path, manifest in manifests.items() if "split" in manifest})
-    tallies = {name: Counter() for name in ("counts", *SPLITS)}
-    for manifest in manifests.values():
-        tallies[manifest.get("split", "counts")].update(manifest["samples"])
-    table = pd.DataFrame({name: pd.Series(tally, dtype=float) for name, tally in tallies.items()})
-    table = table.fillna(0).astype(int).sort_index().rename_axis("sample")
-    for sample, cells in table[table["counts"] != table["train"] + table["validation"]].iterrows():
-        found = f"{cells['counts']} cells in counts, {cells['train']} + {cells['validation']} in train and validation"
-        raise ValueError(f"sample {sample!r}: {found}; expected every cell in one shard. {REBUILD.capitalize()}")
-    for split in {manifest["split"] for manifest in manifests.values() if "split" in manifest}:
-        if table["counts"].sum() and not table[split].sum():
-            todo = "change store.validation.fraction, take another seed or hold out by: cell"
-            raise ValueError(f"store.validation: no cell is in {split}; expected cells in train and validation: {todo}")
-    return table
