@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from cohortvi.cohort import preflight
+from cohortvi.cohort import preflight, sections
 from cohortvi.cohort.sheet import file_name, read_sheet
 from cohortvi.cohort.simulate import sample_names
 from cohortvi.config import check
@@ -24,9 +24,7 @@ KANG = "resources/kang"
 
 def schema(name):
     """Return one of the schemas as a dict."""
-    return yaml.safe_load(
-        (ROOT / "workflow/schemas" / f"{name}.schema.yaml").read_text()
-    )
+    return yaml.safe_load((ROOT / "workflow/schemas" / f"{name}.schema.yaml").read_text())
 
 
 try:
@@ -36,14 +34,13 @@ try:
     made |= {f"{KANG}/pbmc_{condition}.h5ad" for condition in ("ctrl", "stim")}
     if workflow.is_main_process:
         preflight.check_names(CONFIG, sheet)
-        preflight.check_files(
-            CONFIG, sheet, made, Path(".snakemake/cohortvi/inputs.json")
-        )
+        preflight.check_files(CONFIG, sheet, made, Path(".snakemake/cohortvi/inputs.json"))
 except ValueError as error:
     raise WorkflowError(str(error)) from None
 
 SAMPLES = {sample.name: sample for sample in sheet}
 BATCHES = {name: file_name(sample.batch) for name, sample in SAMPLES.items()}
+MEMBERS = sections.by_batch(BATCHES)
 MODELS = sorted(CONFIG.models)
 SHARDS = shard_names(CONFIG.store)
 
@@ -79,11 +76,7 @@ def raw_store(wildcards):
 
 def in_batch(pattern):
     """Return an input function: `pattern` for every sample of the batch."""
-    return lambda wildcards: [
-        pattern.format(sample=sample)
-        for sample, batch in BATCHES.items()
-        if batch == wildcards.batch
-    ]
+    return lambda wildcards: expand(pattern, sample=MEMBERS[wildcards.batch])
 
 
 def of_samples(pattern):
@@ -91,58 +84,16 @@ def of_samples(pattern):
     return expand(pattern, sample=list(SAMPLES))
 
 
-def qc_section(wildcards):
-    """Return the config of QC with the overrides of this sample alone, so that another's override reruns nothing."""
-    section, name = config["qc"], wildcards.sample
-    gate = {
-        **section["gate"],
-        "keep": [keep for keep in section["gate"]["keep"] if keep == name],
-    }
-    overrides = {
-        key: value for key, value in section["overrides"].items() if key == name
-    }
-    return {**section, "gate": gate, "overrides": overrides}
-
-
 def memory(base_mb, per_mb=0.0):
     """Return a resource: `base_mb` plus `per_mb` for each MB of input, half as much again at each new attempt."""
-    return lambda wildcards, input, attempt: int(
-        (base_mb + per_mb * input.size_mb) * 1.5 ** (attempt - 1)
-    )
+    return lambda wildcards, input, attempt: int((base_mb + per_mb * input.size_mb) * 1.5 ** (attempt - 1))
 
 
 def minutes(base, per_gb=0.0):
     """Return a resource: minutes for the job, and for each GB of input, twice as many at each new attempt."""
-    return lambda wildcards, input, attempt: int(
-        (base + per_gb * input.size_mb / 1024) * 2 ** (attempt - 1)
-    )
-
-
-def store_columns(sample):
-    """Return what the stores say of all cells of a sample: its batch, and the column that the held-out cells go by."""
-    row, by = SAMPLES[sample], CONFIG.store.validation.by
-    return {"batch": row.batch, **({by: row.columns[by]} if by in row.columns else {})}
-
-
-def sheet_covariates(model):
-    """Return the covariates of a model that the sheet holds: {column: {sample: value}}."""
-    settings = CONFIG.models[model]
-    columns = [*settings.categorical_covariates, *settings.continuous_covariates]
-    held = [column for column in columns if column in sheet[0].columns]
-    return {
-        column: {name: row.columns[column] for name, row in SAMPLES.items()}
-        for column in held
-    }
+    return lambda wildcards, input, attempt: int((base + per_gb * input.size_mb / 1024) * 2 ** (attempt - 1))
 
 
 def truth_input(pattern):
     """Return `pattern` for every sample if the cohort is a simulated one, whose truth is known."""
     return of_samples(pattern) if CONFIG.atlas.metrics.truth else []
-
-
-def used_config(model):
-    """Return the part of the config that made a model's atlas."""
-    parts = {
-        key: config[key] for key in ("seed", "cohort", "qc", "genes", "store", "atlas")
-    }
-    return {**parts, "models": {model: config["models"][model]}}

@@ -179,7 +179,7 @@ rule atlas:
         mem_mb=memory(4000),
         runtime=minutes(120),
     params:
-        config=lambda wildcards: used_config(wildcards.model),
+        config=lambda wildcards: sections.config_of_atlas(config, wildcards.model),
         chunk_cells=config["cohort"]["chunk_cells"],
         code=code("atlas"),
     script:

@@ -62,11 +62,8 @@ rule qc:
         runtime=minutes(20, 60),
     params:
         source=source,
-        cohort={
-            key: config["cohort"][key]
-            for key in ("gene_key", "keep_obs", "chunk_cells")
-        },
-        config=qc_section,
+        cohort={key: config["cohort"][key] for key in ("gene_key", "keep_obs", "chunk_cells")},
+        config=lambda wildcards: sections.qc_of(config["qc"], wildcards.sample),
         seed=config["seed"],
         code=code("qc"),
     script:
@@ -147,7 +144,7 @@ rule select_genes:
         variances=of_samples("results/cohort/genes/variances/{sample}.parquet"),
         fits=expand(
             "results/cohort/genes/fits/{batch}.parquet",
-            batch=sorted(set(BATCHES.values())),
+            batch=sorted(MEMBERS),
         ),
         frozen=CONFIG.genes.frozen or [],
     output:

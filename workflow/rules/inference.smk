@@ -28,7 +28,7 @@ rule train:
         gpu=1,
     params:
         config=lambda wildcards: config["models"][wildcards.model],
-        covariates=lambda wildcards: sheet_covariates(wildcards.model),
+        covariates=lambda wildcards: sections.sheet_covariates(CONFIG.models[wildcards.model], sheet),
         seed=config["seed"],
         # Undeclared on purpose: Snakemake removes declared outputs of a job that failed, and checkpoints must outlive it.
         checkpoints=lambda wildcards: f"results/checkpoints/{wildcards.model}",
@@ -58,7 +58,7 @@ rule embed:
         gpu=1,
     params:
         chunk_cells=config["cohort"]["chunk_cells"],
-        covariates=lambda wildcards: sheet_covariates(wildcards.model),
+        covariates=lambda wildcards: sections.sheet_covariates(CONFIG.models[wildcards.model], sheet),
         code=code("embed"),
     script:
         "../../scripts/embed.py"

@@ -8,7 +8,7 @@ rule report:
         genes="results/cohort/genes.parquet",
         fits=expand(
             "results/cohort/genes/fits/{batch}.parquet",
-            batch=sorted(set(BATCHES.values())),
+            batch=sorted(MEMBERS),
         ),
         ledger="results/cohort/ledger.tsv",
         models=expand(
@@ -42,10 +42,7 @@ rule report:
         runtime=minutes(60),
     params:
         config=config,
-        sheet={
-            name: {**sample.columns, "batch": sample.batch}
-            for name, sample in SAMPLES.items()
-        },
+        sheet={name: {**sample.columns, "batch": sample.batch} for name, sample in SAMPLES.items()},
         benchmarks="benchmarks/out",
         template=text_digest("report/template.html", "report/style.css"),
         code=code("report"),

@@ -22,7 +22,7 @@ rule extract:
         source=source,
         cohort={key: config["cohort"][key] for key in ("gene_key", "chunk_cells")},
         symbols=config["qc"]["symbols"],
-        columns=lambda wildcards: store_columns(wildcards.sample),
+        columns=lambda wildcards: sections.store_columns(SAMPLES[wildcards.sample], CONFIG.store.validation.by),
         code=code("extract"),
     script:
         "../../scripts/extract.py"
