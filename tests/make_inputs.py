@@ -152,6 +152,12 @@ WRITERS: dict[str, Callable[[Path, Source], str]] = {
 }
 
 
+def truncate(path: str | Path, share: float = 0.5) -> None:
+    """Cut a file, as a copy that was broken off leaves it."""
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[: int(len(data) * share)])
+
+
 def make_sample(path: str | Path, *, name: str = "donor07", format: str | None = None, layer: str | None = None,
                 select: str = "") -> Sample:  # fmt: skip
     """Return a sample as the sheet would name it; `select` as in the sheet."""

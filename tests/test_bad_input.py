@@ -17,6 +17,7 @@ from make_inputs import (
     make_sample,
     make_source,
     open_sample,
+    truncate,
     write_10x_h5,
     write_10x_h5_v2,
     write_10x_mtx,
@@ -43,11 +44,6 @@ def refused(sample, *words: str, read: bool = False, **settings) -> str:
     for word in (f"sample {sample.name!r}", "; expected", *words):
         assert word in message, message
     return message
-
-
-def truncate(path: str | Path, share: float = 0.5) -> None:
-    data = Path(path).read_bytes()
-    Path(path).write_bytes(data[: int(len(data) * share)])
 
 
 # Files
