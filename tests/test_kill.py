@@ -12,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from workflows import assert_same_results, command, copy_repository, environment, run
 
@@ -25,35 +26,44 @@ WALK = ["simulate", "qc", "extract", "gene_moments", "gene_fit", "gene_variance"
 RULES = ["train", "shard", "atlas", *(rule for rule in WALK if rule not in ("train", "shard", "atlas"))]
 
 
-def started_rules(log: Path) -> set[str]:
-    return set(re.findall(r"^(?:local)?rule (\w+):$", log.read_text(), re.MULTILINE))
+def running_rules(log: Path) -> set[str]:
+    """Return the rules of which a job had started and not ended when the log was written."""
+    text = log.read_text()
+    jobs = re.findall(r"^(?:local)?rule (\w+):\n(?:    .*\n)*?    jobid: (\d+)$", text, re.MULTILINE)
+    ended = set(re.findall(r"^Finished jobid: (\d+)", text, re.MULTILINE))
+    return {rule for rule, job in jobs if job not in ended}
 
 
-def kill_during(clone: Path, rule: str, delay: float, log: Path) -> bool:
-    """Start the run, wait until `rule` has started and `delay` seconds more, kill it; False if it ended before."""
+def seconds_of(done: Path, rule: str) -> float:
+    """Return how long the shortest job of a rule took in a run that was left alone."""
+    files = [*(done / "benchmarks/out" / rule).glob("*.tsv"), *(done / "benchmarks/out").glob(f"{rule}.tsv")]
+    return min(float(pd.read_csv(file, sep="\t")["s"].iloc[0]) for file in files)
+
+
+def kill_during(clone: Path, rule: str, delay: float, log: Path) -> set[str]:
+    """Start the run, wait until `rule` runs and `delay` seconds more, kill it; return the rules that it hit."""
     with log.open("w") as out:
         process = subprocess.Popen(
             command(tiny=False), cwd=clone, env=environment(clone), stdout=out, stderr=out, start_new_session=True
         )
-        while rule not in started_rules(log) and process.poll() is None:
-            time.sleep(0.1)
+        while rule not in running_rules(log) and process.poll() is None:
+            time.sleep(0.05)
         time.sleep(delay)
-        alive = process.poll() is None
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return alive
+    return running_rules(log)
 
 
 def test_a_run_killed_again_and_again_ends_like_one_left_alone(undisturbed_demo, tmp_path, request):
     clone = copy_repository(tmp_path / "clone", undisturbed_demo)
     chosen = sorted(RULES[: request.config.getoption("--kills")], key=WALK.index)
     rng = random.Random(0)
-    killed = []
     for i, rule in enumerate(chosen):
-        if kill_during(clone, rule, rng.uniform(0, 6 if rule == "train" else 3), tmp_path / f"run{i}.log"):
-            killed.append(rule)
+        delay = rng.uniform(0, 0.8 * seconds_of(undisturbed_demo, rule))
+        hit = kill_during(clone, rule, delay, tmp_path / f"run{i}.log")
+        print(f"killed {delay:.1f} s into {rule}, while {', '.join(sorted(hit)) or 'nothing'} ran")
+        assert rule in hit
         run(clone, "--unlock", tiny=False)
-    assert len(killed) >= len(chosen) - 2, f"killed during {killed} only"
     run(clone, tiny=False)
     assert_same_results(undisturbed_demo, clone)
 
