@@ -7,12 +7,9 @@ import anndata as ad
 import pandas as pd
 import pytest
 import yaml
-from workflows import planned, planned_samples, run, tiny_clone
+from workflows import GATHER, planned, planned_samples, run, tiny_clone
 
 pytestmark = pytest.mark.slow
-
-GATHER = {"select_genes": 1, "train": 1, "embed": 1, "neighbors": 1, "cluster": 1, "layout": 1, "cells": 1,
-          "markers": 1, "metrics": 1, "atlas": 1, "ledger": 1, "report": 1}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,10 @@ TINY = {
     "report": {"color_by": ["donor"]},
 }
 
+# The jobs that gather the whole cohort.
+GATHER = {"select_genes": 1, "train": 1, "embed": 1, "neighbors": 1, "cluster": 1, "layout": 1, "cells": 1,
+          "markers": 1, "metrics": 1, "atlas": 1, "ledger": 1, "report": 1}  # fmt: skip
+
 
 def copy_repository(target: Path, source: Path = ROOT) -> Path:
     """Copy what a clone holds, uncommitted changes included, without results."""
@@ -50,6 +54,14 @@ def tiny_clone(target: Path, n_samples: int = 4) -> Path:
     clone = copy_repository(target)
     (clone / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     write_sheet(clone, n_samples)
+    return clone
+
+
+def cohort_clone(target: Path, sheet: pd.DataFrame, values: dict) -> Path:
+    """Return a clone with a sheet and what differs from config.yaml, which is written as tiny.yaml."""
+    clone = copy_repository(target)
+    sheet.to_csv(clone / "config/samples.tsv", sep="\t", index=False)
+    (clone / "tiny.yaml").write_text(yaml.safe_dump(values))
     return clone
 
 
