@@ -32,7 +32,8 @@ def prepare(folder: Path, n_samples: int, shards: int, arguments: argparse.Names
         "report": {"color_by": []},
         "simulate": {
             # As many as the larger cohort has: what is drawn must not depend on the size.
-            "samples": 2 * arguments.cells // arguments.per_sample, "donors": 4, "runs": 4,
+            "samples": 2 * arguments.cells // arguments.per_sample, "donors": 4,
+            "runs": 1,  # runs differ in depth: the added samples must not be deeper than the first ones
             "cells": arguments.per_sample, "genes": arguments.genes, "failed_samples": 0, "median_counts": 2000,
         },
     }  # fmt: skip

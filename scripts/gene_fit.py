@@ -6,6 +6,6 @@ from cohortvi.config import Genes, build
 from cohortvi.files import read_table, write_table
 
 log.start(snakemake.log[0])
-moments = merge_moments([read_table(path) for path in snakemake.input.moments])
+moments = merge_moments(read_table(path) for path in snakemake.input.moments)
 write_table(fit_trend(moments, snakemake.wildcards.batch, build(Genes, snakemake.params.config)), snakemake.output.fit)
 log.logger.info("batch %s: %d genes", snakemake.wildcards.batch, len(moments))

@@ -7,7 +7,7 @@ NAME removes it.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,22 @@ def write_table(table: pd.DataFrame, path: str | Path) -> None:
 def read_table(path: str | Path) -> pd.DataFrame:
     """Read a parquet table."""
     return pd.read_parquet(path)
+
+
+class Tables(Mapping[str, pd.DataFrame]):
+    """Parquet tables by the names of their files; each is read whenever it is asked for, none is kept."""
+
+    def __init__(self, paths: Iterable[str | Path]):
+        self.paths = {Path(path).stem: Path(path) for path in paths}
+
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        return read_table(self.paths[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
 
 def digest(*values: Any) -> str:

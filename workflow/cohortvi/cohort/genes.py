@@ -5,7 +5,7 @@ of counts are exact in float64 up to 2^53, so the order of samples and chunks ch
 on the genes of its own samples; the samples' genes are joined last (cohort/selection.py).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -35,27 +35,23 @@ def gene_moments(blocks: Iterable[sp.csr_matrix], var: pd.DataFrame) -> pd.DataF
     return table
 
 
-def merge_moments(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+def merge_moments(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     """Return mean and variance (ddof 1) of each gene over the cells of all tables; a gene that a table lacks counts 0.
 
-    Genes come in the order in which they first appear; `n_obs` is a column.
+    Genes come in the order in which they first appear; `n_obs` is a column. One table is looked at at a time.
     """
-    tables = [table for table in tables if table.attrs["n_obs"]]
-    genes = union([table.index for table in tables])
-    n_obs = sum(table.attrs["n_obs"] for table in tables)
-    sums = np.zeros((2, len(genes)))
+    n_obs, places, sums = 0, {}, np.zeros((2, 0))
     for table in tables:
-        sums[:, genes.get_indexer(table.index)] += table[["sum", "sum_sq"]].to_numpy().T
+        if table.attrs["n_obs"]:
+            n_obs += table.attrs["n_obs"]
+            at = [places.setdefault(name, len(places)) for name in table.index]
+            sums = np.pad(sums, ((0, 0), (0, len(places) - sums.shape[1])))
+            sums[:, at] += table[["sum", "sum_sq"]].to_numpy().T
     # Whole numbers, so N * sum_sq - sum^2 is exact where the textbook formula cancels.
     spread = [n_obs * int(sum_sq) - int(total) ** 2 for total, sum_sq in sums.T]
     variance = np.array(spread, dtype=np.float64) / max(n_obs * (n_obs - 1), 1)
-    mean = sums[0] / max(n_obs, 1)
-    return pd.DataFrame({"n_obs": n_obs, "sum": sums[0], "mean": mean, "variance": variance}, index=genes)
-
-
-def union(indexes: Sequence[pd.Index]) -> pd.Index:
-    """Return all names in the order in which they first appear."""
-    return pd.Index(list(dict.fromkeys(name for index in indexes for name in index)), dtype=object)
+    columns = {"n_obs": n_obs, "sum": sums[0], "mean": sums[0] / max(n_obs, 1), "variance": variance}
+    return pd.DataFrame(columns, index=pd.Index(list(places), dtype=object))
 
 
 def fit_trend(moments: pd.DataFrame, batch: str, genes: Genes) -> pd.DataFrame:
@@ -145,9 +141,12 @@ def _merge(a: tuple, b: tuple) -> tuple:
     return n, a[1] + delta * (b[0] / max(n, 1)), a[2] + b[2] + delta**2 * (a[0] * b[0] / max(n, 1))
 
 
-def batch_variance(parts: Sequence[pd.DataFrame], fit: pd.DataFrame, flavor: str) -> pd.Series:
-    """Return the standardized variance of each gene of a batch, from what its samples add (`standardized`)."""
-    parts = [part for part in parts if part.attrs["n_obs"]]
+def batch_variance(parts: Iterable[pd.DataFrame], fit: pd.DataFrame, flavor: str) -> pd.Series:
+    """Return the standardized variance of each gene of a batch, from what its samples add (`standardized`).
+
+    One table is looked at at a time.
+    """
+    parts = (part for part in parts if part.attrs["n_obs"])
     if flavor == "seurat_v3":
         summed = pd.DataFrame(0.0, index=fit.index, columns=["sum", "sum_sq", "n_clipped"])
         for part in parts:

@@ -3,23 +3,27 @@
 With seurat_v3 or Pearson residuals the ranks and the choice are scanpy's on the same cells.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from cohortvi.cohort.genes import batch_variance, merge_moments, union
+from cohortvi.cohort.genes import batch_variance, merge_moments
+from cohortvi.cohort.sections import by_batch
 from cohortvi.config import Genes
 
+SHOWN = 4  # samples listed in a message
 
-def joined(indexes: Sequence[pd.Index], join: str) -> pd.Index:
+
+def joined(indexes: Iterable[pd.Index], join: str) -> pd.Index:
     """Return the names that all (inner) or any (outer) of the indexes hold, in the order of first appearance."""
-    genes = union(indexes)
-    if join == "outer" or not indexes:
-        return genes
-    shared = set.intersection(*(set(index) for index in indexes))
-    return genes[[name in shared for name in genes]]
+    seen, n = Counter(), 0
+    for index in indexes:
+        seen.update(index)
+        n += 1
+    return pd.Index([name for name, times in seen.items() if join == "outer" or times == n], dtype=object)
 
 
 def rank_genes(variances: Sequence[pd.Series], genes: Genes) -> pd.DataFrame:
@@ -52,41 +56,49 @@ def rank_genes(variances: Sequence[pd.Series], genes: Genes) -> pd.DataFrame:
 
 
 def select_genes(
-    moments: dict[str, pd.DataFrame],
-    variances: dict[str, pd.DataFrame],
-    fits: dict[str, pd.DataFrame],
-    batches: dict[str, str],
+    moments: Mapping[str, pd.DataFrame],
+    variances: Mapping[str, pd.DataFrame],
+    fits: Mapping[str, pd.DataFrame],
+    batches: Mapping[str, str],
     genes: Genes,
     join: str,
 ) -> pd.DataFrame:
     """Return the cohort's genes with symbol, means, variances, their ranks and `highly_variable`, which is the choice.
 
     `moments`, `variances`: by sample; `fits`: by batch; `batches`: the batch of each sample. Samples without cells
-    (quarantined ones) have no say. Errors: ValueError if no cell or no gene is shared, or a listed gene is unknown.
+    (quarantined ones) have no say. Memory: one table at a time, and a number for each gene and batch. Errors:
+    ValueError if no cell or no gene is shared, or a listed gene is unknown.
     """
-    used = [name for name, table in moments.items() if table.attrs["n_obs"]]
+    used = [name for name in moments if moments[name].attrs["n_obs"]]
     if not used:
         raise ValueError(
             "no sample has a cell left, all are quarantined; see qc.gate in the config and results/cohort/qc/"
         )
-    names = joined([moments[name].index for name in used], join)
+    names = joined((moments[name].index for name in used), join)
     if names.empty:
-        raise ValueError(_nothing_shared({name: moments[name].index for name in used}))
-    merged = merge_moments([moments[name] for name in used]).loc[names]
-    symbols = pd.concat([moments[name]["symbol"] for name in used])
-    table = pd.DataFrame({"symbol": symbols[~symbols.index.duplicated()].loc[names]})
+        raise ValueError(_nothing_shared({name: moments[name].index for name in used[:SHOWN]}, len(used)))
+    _check_known("genes.always", genes.always, names)
+    merged = merge_moments(moments[name] for name in used).loc[names]
+    table = pd.DataFrame({"symbol": _symbols(moments[name]["symbol"] for name in used).loc[names]})
     table = table.assign(means=merged["mean"], variances=merged["variance"])
     per_batch = []
-    for batch in sorted({batches[name] for name in used}):
-        parts = [variances[name] for name in used if batches[name] == batch]
+    for batch, samples in sorted(by_batch({name: batches[name] for name in used}).items()):
+        parts = (variances[name] for name in samples)
         per_batch.append(batch_variance(parts, fits[batch], genes.flavor).reindex(names, fill_value=0.0))
-    _check_known("genes.always", genes.always, names)
     table = table.join(rank_genes(per_batch, genes))
     if genes.frozen:
         frozen = read_list(genes.frozen)
         _check_known(f"genes.frozen ({genes.frozen})", frozen, names)
         table["highly_variable"] = table.index.isin(frozen)
     return table
+
+
+def _symbols(tables: Iterable[pd.Series]) -> pd.Series:
+    """Return the symbol of each gene, that of the first sample that has it."""
+    found: dict[str, str] = {}
+    for symbols in tables:
+        found = dict(zip(symbols.index, symbols, strict=True)) | found
+    return pd.Series(found, dtype=object)
 
 
 def read_list(path: str | Path) -> list[str]:
@@ -104,9 +116,9 @@ def _check_known(where: str, wanted: Sequence[str], names: pd.Index) -> None:
         )
 
 
-def _nothing_shared(indexes: dict[str, pd.Index]) -> str:
-    shown = "; ".join(f"{name} has {', '.join(index[:3])} ..." for name, index in list(indexes.items())[:4])
+def _nothing_shared(indexes: Mapping[str, pd.Index], n_samples: int) -> str:
+    shown = "; ".join(f"{name} has {', '.join(index[:3])} ..." for name, index in indexes.items())
     return (
-        f"the {len(indexes)} samples share no gene: {shown}; expected names that all samples know. Set cohort.gene_key "
+        f"the {n_samples} samples share no gene: {shown}; expected names that all samples know. Set cohort.gene_key "
         "to a column of var that they have in common, or cohort.join: outer."
     )
