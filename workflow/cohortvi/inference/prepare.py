@@ -18,7 +18,8 @@ from cohortvi.inference.covariates import BATCH, SAMPLE, Columns, Sheet, moments
 from cohortvi.inference.networks import Covariates
 from cohortvi.inference.run import Run
 from cohortvi.inference.vae import VAE
-from cohortvi.store.loader import Loader, ShardedCounts
+from cohortvi.store.loader import Loader
+from cohortvi.store.sharded import ShardedCounts
 
 # scvi-tools' value, kept by measurement: it damps the steps of parameters whose gradients are below it, such as those
 # of rarely counted genes, which are mostly noise. Held-out ELBO on Kang et al. (2,000 genes, batch 128, 40 epochs),

@@ -17,8 +17,9 @@ import scipy.sparse as sp
 import zarr
 
 from cohortvi.files import digest, read_json
+from cohortvi.store.arrays import ArrayReader
 from cohortvi.store.kernels import first_bad_row, map_genes
-from cohortvi.store.layout import MAX_COUNT, Rows, id_type, quiet, write_store, write_x
+from cohortvi.store.layout import MAX_COUNT, PLAIN, QUICK, Rows, id_type, quiet, write_store, write_x
 
 REBUILD = "delete the store and its manifest and run the workflow again, which writes both"
 FACTS = ("n_obs", "n_vars", "nnz", "dtype", "genes", "obs", "columns", "content", "samples")
@@ -36,7 +37,7 @@ def write_counts(
     if len(obs) and "row" not in obs:
         raise ValueError(f"{path}: obs has no column 'row'; expected each cell's row in the raw store")
     rows = (_as_rows(block, len(var), path) for block in blocks)
-    return write_store(rows, obs, var, path, {"samples": {sample: len(obs)}})
+    return write_store(rows, obs, var, path, {"samples": {sample: len(obs)}}, QUICK)
 
 
 def _as_rows(block: sp.csr_matrix, n_vars: int, path: str | Path, largest: int = MAX_COUNT) -> Rows:
@@ -59,7 +60,7 @@ def write_anndata(adata: ad.AnnData, path: str | Path) -> None:
 def write_stream(blocks: Iterable[sp.csr_matrix], frame: ad.AnnData, path: str | Path, dtype: type) -> None:
     """Write `frame`, an AnnData without X, with the blocks of rows (n, g), in order, as its X of type `dtype`.
 
-    X is CSR of plain types and codecs: any reader of AnnData opens it. Memory: a block, and a shard of elements.
+    X is CSR of plain types and codecs: any reader of AnnData opens it. Memory: a block, and a chunk of each array.
     Errors: ValueError if blocks and frame do not fit together, or a value is no count up to the largest of `dtype`.
     """
     largest = min(np.iinfo(dtype).max, MAX_COUNT)
@@ -67,7 +68,7 @@ def write_stream(blocks: Iterable[sp.csr_matrix], frame: ad.AnnData, path: str |
     with quiet(), ad.settings.override(auto_shard_zarr_v3=True):
         root = zarr.open_group(path, mode="w", zarr_format=3)
         ad.io.write_elem(root, "/", frame)
-        write_x(rows, root, Path(path), frame.shape, np.dtype(dtype).name)
+        write_x(rows, root, Path(path), frame.shape, PLAIN, np.dtype(dtype).name)
         zarr.consolidate_metadata(path)
 
 
@@ -91,7 +92,10 @@ class CountsReader:
         self.n_obs, self.n_vars = self.manifest["n_obs"], self.manifest["n_vars"]
         with quiet():
             self.root = self._open()
-        self.indptr, self.indices, self.data = (self.root[f"X/{name}"] for name in ("indptr", "indices", "data"))
+        self.indptr, self.indices, self.data = (
+            ArrayReader(self.root[f"X/{name}"]) for name in ("indptr", "indices", "data")
+        )
+        self.column_readers: dict[str, ArrayReader] = {}
         self._check_shape()
         self.genes = None if genes is None else pd.Index(genes, dtype=object)
         if self.genes is not None:
@@ -110,7 +114,8 @@ class CountsReader:
 
     def _check_shape(self) -> None:
         with self._reading("the last row's end"):
-            sizes = (self.indptr.size - 1, int(self.indptr[-1]), self.indices.size, self.data.size)
+            (last,) = self.indptr.read(self.indptr.size - 1, self.indptr.size).tolist()
+            sizes = (self.indptr.size - 1, last, self.indices.size, self.data.size)
         expected = (self.n_obs, *[self.manifest["nnz"]] * 3)
         if sizes != expected:
             found = f"rows, end of the last row, ids and counts number {sizes}"
@@ -155,23 +160,51 @@ class CountsReader:
 
         Errors: ValueError if a value is missing.
         """
-        element = self.root[f"obs/{name}"]
-        is_categorical = isinstance(element, zarr.Group)
+        is_categorical = isinstance(self.root[f"obs/{name}"], zarr.Group)
         with self._reading(f"column {name!r}"):
-            values = element["codes"][start:stop] if is_categorical else element[start:stop]
+            values = self._column_reader(name).read(start, stop)
         if (values.min(initial=0) < 0) if is_categorical else not np.isfinite(values).all():
             raise ValueError(f"{self.path}: column {name!r} has no value for some cells; expected one for every cell")
         return values.astype(np.int64 if is_categorical else np.float32)
 
-    def read(self, start: int, stop: int) -> Rows:
-        """Return rows start:stop in compact types; ValueError if they cannot be what was written."""
+    def _column_reader(self, name: str) -> ArrayReader:
+        if name not in self.column_readers:
+            element = self.root[f"obs/{name}"]
+            self.column_readers[name] = ArrayReader(element["codes"] if isinstance(element, zarr.Group) else element)
+        return self.column_readers[name]
+
+    def ends(self, start: int, stop: int) -> np.ndarray:
+        """Return where rows start:stop begin and end among the store's entries, int64 (stop - start + 1,)."""
         with self._reading(f"cells {start} to {stop}"):
-            ends = self.indptr[start : stop + 1]
+            ends = self.indptr.read(start, stop + 1)
             if ends[0] < 0 or ends[-1] > self.manifest["nnz"] or (np.diff(ends) < 0).any():
                 raise ValueError("row ends do not rise")
-            rows = Rows(ends - ends[0], self.indices[ends[0] : ends[-1]], self.data[ends[0] : ends[-1]])
-            if first_bad_row(*rows, self.manifest["n_vars"]) >= 0:
+        return ends
+
+    def read_into(self, start: int, ends: np.ndarray, indices: np.ndarray, data: np.ndarray) -> None:
+        """Write ids and counts of the rows from `start` on, whose `ends` are given, into arrays of their size.
+
+        Errors: ValueError if they cannot be what was written.
+        """
+        entries = (int(ends[0]), int(ends[-1]))
+        with self._reading(f"cells {start} to {start + len(ends) - 1}"):
+            for reader, out in ((self.indices, indices), (self.data, data)):
+                if out.dtype == reader.dtype:
+                    reader.read(*entries, out)
+                else:
+                    out[:] = reader.read(*entries)
+            is_checked = (
+                self.indices.checked and self.data.checked
+            )  # what passes is what was written, and that is sound
+            if not is_checked and first_bad_row(ends - ends[0], indices, data, self.manifest["n_vars"]) >= 0:
                 raise ValueError("gene ids do not rise or counts are zero")
+
+    def read(self, start: int, stop: int) -> Rows:
+        """Return rows start:stop in compact types; ValueError if they cannot be what was written."""
+        ends = self.ends(start, stop)
+        size = int(ends[-1] - ends[0])
+        rows = Rows(ends - ends[0], np.empty(size, self.indices.dtype), np.empty(size, self.data.dtype))
+        self.read_into(start, ends, rows.indices, rows.data)
         return rows if self.genes is None else self._over_genes(rows)
 
     def _over_genes(self, rows: Rows) -> Rows:

@@ -4,8 +4,40 @@ They trust their input: whoever reads counts from disk passes them through `firs
 on its verdict and check no bounds. Row pointers are int64 and begin at 0; ids and counts come in any unsigned type.
 """
 
+from typing import Any
+
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+AHEAD = 2  # rows; random rows of a window come out of main memory, and the processor can't foresee them
+LINE = 32  # two-byte values of a cache line
+
+
+@intrinsic
+def _prefetch(typingctx: Any, array: Any, index: Any) -> tuple:
+    """Have the cache line of array[index] fetched, without waiting for it."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
+        number = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
+        instruction = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
+        builder.call(instruction, [place, number(0), number(3), number(1)])  # to be read, kept in all caches, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.uint64), generate
+
+
+@numba.njit(nogil=True, cache=True)
+def _prefetch_row(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, row: int) -> None:
+    at = np.uint64(row)
+    for i in range(np.uint64(indptr[at]), np.uint64(indptr[at + np.uint64(1)]), np.uint64(LINE)):
+        _prefetch(indices, i)
+        _prefetch(data, i)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -22,12 +54,49 @@ def first_bad_row(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_v
 
 
 @numba.njit(nogil=True, cache=True)
+def accumulate(values: np.ndarray) -> None:
+    """Replace differences by their running sum, in the type of `values`, which may wrap around."""
+    for i in range(1, len(values)):
+        values[i] += values[i - 1]
+
+
+# Unsigned numbers below: an index that may be negative costs a comparison and keeps the loop from being vectorised.
+
+
+@numba.njit(nogil=True, cache=True)
 def fill_dense(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, rows: np.ndarray, x_ng: np.ndarray) -> None:
     """Write row rows[k] of the CSR arrays into x_ng[k], zeros included, whatever stood there."""
+    n_vars, flat = np.uint64(x_ng.shape[1]), x_ng.reshape(-1)
     for k in range(len(rows)):
-        x_ng[k, :] = 0
-        for i in range(indptr[rows[k]], indptr[rows[k] + 1]):
-            x_ng[k, indices[i]] = data[i]
+        if k + AHEAD < len(rows):
+            _prefetch_row(indptr, indices, data, rows[k + AHEAD])
+        row, first = np.uint64(rows[k]), np.uint64(k) * n_vars
+        flat[np.int64(first) : np.int64(first + n_vars)] = 0
+        for i in range(np.uint64(indptr[row]), np.uint64(indptr[row + np.uint64(1)])):
+            flat[first + np.uint64(indices[i])] = data[i]
+
+
+@numba.njit(nogil=True, cache=True)
+def gather(
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    data: np.ndarray,
+    rows: np.ndarray,
+    ends: np.ndarray,
+    to_indices: np.ndarray,
+    to_data: np.ndarray,
+) -> None:
+    """Write row rows[k] of the CSR arrays to ends[k] and on, in the types of the target."""
+    for k in range(len(rows)):
+        if k + AHEAD < len(rows):
+            _prefetch_row(indptr, indices, data, rows[k + AHEAD])
+        row, to = np.uint64(rows[k]), np.uint64(ends[k])
+        begin = np.uint64(indptr[row])
+        n = np.uint64(indptr[row + np.uint64(1)]) - begin
+        for i in range(n):
+            to_indices[to + i] = indices[begin + i]
+        for i in range(n):
+            to_data[to + i] = data[begin + i]
 
 
 @numba.njit(nogil=True, cache=True)

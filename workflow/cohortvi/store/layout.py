@@ -1,12 +1,11 @@
 """The layout that counts/ and shards/ share: an AnnData group in zarr v3, counts as compact CSR, written as a stream.
 
 indices are uint16 (uint32 above 65,535 genes), stored as differences; data the smallest unsigned integer that holds
-the largest count; indptr int64. Rows are sorted by gene and hold no zero. The manifest stands in the root's attributes
-and, as JSON, beside the store, so that the two can be told to belong together. Metadata is consolidated: stray files
-in the folder are never looked at.
+the largest count; indptr int64. Each lies in few large files whose chunks carry checksums (store/arrays.py). Rows are
+sorted by gene and hold no zero. The manifest stands in the root's attributes and, as JSON, beside the store, so that
+the two can be told to belong together. Metadata is consolidated: stray files in the folder are never looked at.
 """
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,17 +16,30 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import zarr
-from zarr.codecs import BloscCodec
-from zarr.codecs.numcodecs import Delta
 from zarr.errors import ZarrUserWarning
 
-from cohortvi.files import digest, remove, replacing
+from cohortvi.files import digest, replacing
+from cohortvi.store.arrays import ArrayWriter, Codec
 from cohortvi.store.kernels import first_bad_row
 
-CHUNK = 32_768  # elements decoded together
-SHARD = 256 * CHUNK  # elements a file
 OBS_CHUNK = 8_192  # cells of an obs column decoded together; a column is one file
 MAX_COUNT = 2**32 - 1
+
+
+class Codecs(NamedTuple):
+    """How the three arrays of a store are compressed."""
+
+    indices: Codec
+    data: Codec
+    indptr: Codec = Codec("zstd", 1, "shuffle", delta=True, chunk=4_096)
+
+
+# docs/store.md has what was tried. Quick to write: counts/ is written once and read a few times.
+QUICK = Codecs(Codec("zstd", 1, "shuffle", delta=True), Codec("zstd", 1, "shuffle"))
+# Quick to read: shards are written once and read at every epoch.
+FAST = Codecs(Codec("lz4hc", 5, "bitshuffle", delta=True), Codec("lz4hc", 5, "shuffle"))
+# Known to every reader: no differences.
+PLAIN = Codecs(Codec("zstd", 3, "shuffle"), Codec("zstd", 3, "shuffle"), Codec("zstd", 3, "shuffle"))
 
 
 class Rows(NamedTuple):
@@ -47,74 +59,17 @@ def quiet() -> Iterator[None]:
         yield
 
 
-class _Array:
-    """An array of unknown length, written a whole shard at a time since a part of a shard cannot be added to it."""
-
-    def __init__(
-        self, group: zarr.Group, folder: Path, name: str, dtype: str, *, delta: bool = False, grows: bool = False
-    ):
-        """`delta`: store differences; `grows`: uint32 values lie in the smallest unsigned type, from `dtype` on."""
-        self.group, self.folder, self.name, self.delta, self.grows = group, folder, name, delta, grows
-        self.dtype = np.dtype(dtype)
-        self.buffer, self.filled = np.empty(SHARD, np.uint32 if grows else dtype), 0
-        self.array: zarr.Array | None = None
-        self.sha = hashlib.sha256()
-
-    def append(self, values: np.ndarray) -> None:
-        # Digests are of the values, whatever type and chunks they lie in.
-        self.sha.update(np.ascontiguousarray(values, "<i8" if self.dtype.kind == "i" else "<u4"))
-        while len(values):
-            taken = min(len(values), SHARD - self.filled)
-            self.buffer[self.filled : self.filled + taken] = values[:taken]
-            self.filled, values = self.filled + taken, values[taken:]
-            if self.filled == SHARD:
-                self._flush()
-
-    def close(self) -> None:
-        if self.filled or self.array is None:
-            self._flush()
-
-    def _flush(self) -> None:
-        values, self.filled = self.buffer[: self.filled], 0
-        if self.grows and len(values):
-            self._fit(np.promote_types(self.dtype, np.min_scalar_type(values.max())))
-        if self.array is None:
-            self.array = self._create(self.name, len(values))
-        self.array.append(values.astype(self.dtype))
-
-    def _fit(self, dtype: np.dtype) -> None:
-        if dtype == self.dtype:
-            return
-        self.dtype, narrow = dtype, self.array
-        if narrow is not None:
-            wide = self._create("wide", SHARD)
-            for start in range(0, narrow.size, SHARD):
-                wide.append(narrow[start : start + SHARD].astype(dtype))
-            remove(self.folder / self.name)
-            (self.folder / "wide").rename(self.folder / self.name)
-            self.array = self.group[self.name]
-
-    def _create(self, name: str, length: int) -> zarr.Array:
-        """Create the array; `length` is that of its first piece, all of it if that is less than a shard."""
-        chunk = min(max(length, 1), CHUNK)
-        return self.group.create_array(
-            name,
-            shape=(0,),
-            dtype=self.dtype,
-            chunks=(chunk,),
-            shards=(max(-(-length // chunk), 1) * chunk,),
-            filters=[Delta(dtype=self.dtype.str)] if self.delta else None,
-            compressors=[BloscCodec(cname="zstd", clevel=3, shuffle="shuffle")],
-            fill_value=0,
-        )
-
-
 def write_store(
-    blocks: Iterable[Rows], obs: pd.DataFrame, var: pd.DataFrame, path: str | Path, facts: dict[str, Any]
+    blocks: Iterable[Rows],
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    path: str | Path,
+    facts: dict[str, Any],
+    codecs: Codecs,
 ) -> dict[str, Any]:
     """Write rows, in order, as the store `path`, and return its manifest; `facts` are added to it.
 
-    Memory: a block, and a shard of elements. The store appears under its name when it is whole. Errors: ValueError if
+    Memory: a block, and a chunk of each array. The store appears under its name when it is whole. Errors: ValueError if
     the blocks and obs differ in number of cells, a name stands twice, or a block is not as the layout wants it.
     """
     path, obs = Path(path), with_categories(obs)
@@ -122,7 +77,8 @@ def write_store(
     with replacing(path) as partial, quiet():
         root = zarr.open_group(partial, mode="w", zarr_format=3)
         root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        manifest = {**write_x(blocks, root, partial, (len(obs), len(var))), **_describe(obs, var), **facts}
+        written = write_x(blocks, root, partial, (len(obs), len(var)), codecs)
+        manifest = {**written, **_describe(obs, var), **facts}
         size = max(min(len(obs), OBS_CHUNK), 1)
         whole = max(-(-len(obs) // size), 1) * size
         ad.io.write_elem(root, "obs", obs, dataset_kwargs={"chunks": (size,), "shards": (whole,)})
@@ -153,17 +109,22 @@ def id_type(n_vars: int) -> str:
 
 
 def write_x(
-    blocks: Iterable[Rows], root: zarr.Group, folder: Path, shape: tuple[int, int], dtype: str | None = None
+    blocks: Iterable[Rows],
+    root: zarr.Group,
+    folder: Path,
+    shape: tuple[int, int],
+    codecs: Codecs,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """Write rows as X of the group that lies in `folder`; return nnz, dtype and the digest of the content.
 
-    `dtype`: None for the compact types of this layout, otherwise the type of the counts, with int32 ids as they are.
+    `dtype`: None for the compact types of this layout, otherwise the type of the counts, with int32 ids.
     """
     encoding = {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(shape)}
     place = (root.create_group("X", attributes=encoding), folder / "X")
-    indices = _Array(*place, "indices", "int32" if dtype else id_type(shape[1]), delta=dtype is None)
-    data = _Array(*place, "data", dtype or "uint8", grows=dtype is None)
-    indptr = _Array(*place, "indptr", "int64")
+    indices = ArrayWriter(*place, "indices", "int32" if dtype else id_type(shape[1]), codecs.indices)
+    data = ArrayWriter(*place, "data", dtype or "uint8", codecs.data, grows=dtype is None)
+    indptr = ArrayWriter(*place, "indptr", "int64", codecs.indptr)
     lengths = [np.zeros(1, np.int64)]
     for block in blocks:
         bad = first_bad_row(*block, shape[1])
