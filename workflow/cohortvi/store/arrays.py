@@ -25,12 +25,11 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore
 
 from cohortvi.files import remove
+from cohortvi.store import native
 from cohortvi.store.kernels import accumulate
+from cohortvi.store.native import ABSENT, BAD_BLOSC, BAD_CRC, CRC_BYTES, OK, decode_chunks
 
 FILE_CHUNKS = 8_192  # chunks a file: a few hundred MB, so that a cohort has hundreds of files
-CRC_BYTES = 4
-ABSENT = np.iinfo(np.uint64).max  # offset of a chunk that holds the fill value alone
-BLOSC_HEADER = 16
 SHUFFLES = {"noshuffle": blosc.NOSHUFFLE, "shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
 
 
@@ -112,37 +111,45 @@ class ArrayReader:
         """Decode values start:stop, counted from the file's first, in one read from its first to its last chunk."""
         size, index = self.layout.chunk, self._index(file)
         first, last = start // size, -(-stop // size)
-        places = index[first:last]
+        places = index[first:last].copy()
         there = places[:, 0] != ABSENT
         begin = int(places[there, 0].min(initial=ABSENT))
         end = int((places[there, 0] + places[there, 1]).max(initial=0))
         raw = self._bytes(file, begin, end) if begin < end else np.empty(0, np.uint8)
-        for chunk, (offset, length), present in zip(range(first, last), places.tolist(), there, strict=True):
-            low, high = max(start, chunk * size), min(stop, (chunk + 1) * size)
-            target = out[low - start : high - start]
-            whole = target if high - low == size else np.empty(size, self.dtype)
-            if present:
-                self._decode(file, chunk, raw[offset - begin : offset - begin + length], whole)
-            else:
-                whole[:] = 0
-            if whole is not target:
-                target[:] = whole[low - chunk * size : high - chunk * size]
-
-    def _decode(self, file: int, chunk: int, raw: np.ndarray, out: np.ndarray) -> None:
-        if self.layout.checked:
-            if _crc(raw[:-CRC_BYTES]) != raw[-CRC_BYTES:].tobytes():
-                raise ValueError(f"{self.array.path}/c/{file}: chunk {chunk} differs from its crc32c")
-            raw = raw[:-CRC_BYTES]
-        if self.layout.codec == "blosc":
-            if len(raw) < BLOSC_HEADER or int.from_bytes(raw[4:8].tobytes(), "little") != out.nbytes:
-                raise ValueError(f"{self.array.path}/c/{file}: chunk {chunk} is not {out.nbytes} bytes of Blosc")
-            blosc.decompress(raw, out)
-        elif self.layout.codec == "zstd":
-            numcodecs.Zstd().decode(raw, out)
+        places[there, 0] -= np.uint64(begin)
+        skip, layout = start - first * size, self.layout
+        if layout.codec == "blosc" and native.AVAILABLE:
+            room = np.empty(size, self.dtype)
+            chunk, failure = decode_chunks(raw, places, skip, out, room, layout.checked, layout.delta)
         else:
-            out.view(np.uint8)[:] = raw
-        if self.layout.delta:
-            accumulate(out)
+            chunk, failure = self._decode_chunks(raw, places, skip, out)
+        if failure:
+            wrong = "differs from its crc32c" if failure == BAD_CRC else f"cannot be decoded to {size} values"
+            raise ValueError(f"{self.array.path}/c/{file}: chunk {first + chunk} {wrong}")
+
+    def _decode_chunks(self, raw: np.ndarray, places: np.ndarray, skip: int, out: np.ndarray) -> tuple[int, int]:
+        """Do as `decode_chunks` does, for any codec, chunk by chunk through Python."""
+        size = self.layout.chunk
+        for chunk, (offset, length) in enumerate(places.tolist()):
+            first = max(0, skip - chunk * size)
+            begin = chunk * size + first - skip
+            data = raw[offset : offset + length] if offset != ABSENT else None
+            if data is not None and self.layout.checked:
+                data, stored = data[:-CRC_BYTES], data[-CRC_BYTES:].tobytes()
+                if _crc(data) != stored:
+                    return chunk, BAD_CRC
+            decoded = np.zeros(size, self.dtype) if data is None else self._decoded(data)
+            if len(decoded) != size:
+                return chunk, BAD_BLOSC
+            if self.layout.delta:
+                accumulate(decoded)
+            n = min(size - first, len(out) - begin)
+            out[begin : begin + n] = decoded[first : first + n]
+        return 0, OK
+
+    def _decoded(self, data: np.ndarray) -> np.ndarray:
+        codecs = {"blosc": blosc.decompress, "zstd": numcodecs.Zstd().decode, "": bytes}
+        return np.frombuffer(bytearray(codecs[self.layout.codec](data)), self.dtype)
 
     def _index(self, file: int) -> np.ndarray:
         """Return offset and length in bytes of each chunk of a file, (n, 2) uint64."""

@@ -65,7 +65,7 @@ class Batches:
         return [x_ng[span] for span in spans]
 
     def _sparse(self, group: list[Parts], spans: list[slice], memory: dict[str, torch.Tensor]) -> list[Counts]:
-        lengths = [np.diff(rows.indptr)[places] for parts in group for rows, places in parts]
+        lengths = [rows.indptr[places + 1] - rows.indptr[places] for parts in group for rows, places in parts]
         ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
         indices = _room(memory, "indices", int(ends[-1]), self.id_type)
         data = _room(memory, "data", int(ends[-1]), self.count_type)

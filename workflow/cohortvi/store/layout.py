@@ -31,7 +31,7 @@ class Codecs(NamedTuple):
 
     indices: Codec
     data: Codec
-    indptr: Codec = Codec("zstd", 1, "shuffle", delta=True, chunk=4_096)
+    indptr: Codec = Codec("lz4", 5, "shuffle", delta=True, chunk=2_048)
 
 
 # docs/store.md has what was tried. Quick to write: counts/ is written once and read a few times.

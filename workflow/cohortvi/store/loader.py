@@ -17,7 +17,7 @@ from cohortvi.files import digest
 from cohortvi.store.batches import Batches, Counts
 from cohortvi.store.plan import Epoch, Piece
 from cohortvi.store.sharded import ShardedCounts
-from cohortvi.store.windows import Window, Windows
+from cohortvi.store.windows import Memory, Window, Windows
 
 THREAD_NAME = "cohortvi-loader"
 GROUP_CELLS = 1_024  # cells laid out by one task: small minibatches are made several at a time
@@ -69,6 +69,7 @@ class Loader:
         self.batches = Batches(output, store.n_vars, store.id_type, store.count_type)
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world, self.threads = rank, world, threads
+        self.window_memory: list[Memory] = []
         self.epoch = self.step = 0
 
     def _plan(self, epoch: int) -> Epoch:
@@ -84,9 +85,11 @@ class Loader:
         plan = self._plan(self.epoch)
         with ThreadPoolExecutor(self.threads, thread_name_prefix=THREAD_NAME) as pool:
             try:
-                for minibatch in self._minibatches(plan, Windows(self.store, plan, self.columns, pool), pool):
+                windows = Windows(self.store, plan, self.columns, pool, self.window_memory)
+                for minibatch in self._minibatches(plan, windows, pool):
                     self.step += 1
                     yield minibatch
+                windows.release_before(plan.n_windows)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
         self.epoch, self.step = plan.epoch + 1, 0

@@ -10,13 +10,14 @@ from cohortvi.store.plan import Epoch, Piece
 from cohortvi.store.sharded import ShardedCounts
 
 
-class _Memory:
+class Memory:
     """Room for the entries of a window, which grows to what the largest one needs."""
 
     def __init__(self, id_type: np.dtype, count_type: np.dtype):
         self.indices, self.data = np.empty(0, id_type), np.empty(0, count_type)
 
     def take(self, nnz: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return room for so many ids and counts."""
         if len(self.data) < nnz:
             room = nnz + nnz // 16
             self.indices, self.data = np.empty(room, self.indices.dtype), np.empty(room, self.data.dtype)
@@ -27,7 +28,7 @@ class Window:
     """A window of an epoch. When `wait` has returned: `rows`, numbered through the window's blocks; `columns` of obs;
     the cells' `numbers` in the store; `order`, in which they are served."""
 
-    def __init__(self, store: ShardedCounts, plan: Epoch, index: int, columns: Sequence[str], memory: _Memory):
+    def __init__(self, store: ShardedCounts, plan: Epoch, index: int, columns: Sequence[str], memory: Memory):
         self.store, self.names, self.memory = store, columns, memory
         self.blocks = [(store.stores[shard], int(start), int(stop)) for shard, start, stop in plan.blocks_of(index)]
         self.ends = [reader.ends(start, stop) for reader, start, stop in self.blocks]
@@ -59,10 +60,12 @@ class Window:
 class Windows:
     """The windows of an epoch, asked for in ascending order."""
 
-    def __init__(self, store: ShardedCounts, plan: Epoch, columns: Sequence[str], pool: ThreadPoolExecutor):
-        self.store, self.plan, self.columns, self.pool = store, plan, columns, pool
+    def __init__(
+        self, store: ShardedCounts, plan: Epoch, columns: Sequence[str], pool: ThreadPoolExecutor, free: list[Memory]
+    ):
+        """`free`: memory that earlier epochs left, and that this one leaves."""
+        self.store, self.plan, self.columns, self.pool, self.free = store, plan, columns, pool, free
         self.open: dict[int, Window] = {}
-        self.free: list[_Memory] = []
 
     def get(self, index: int) -> Window:
         """Return a window of which all blocks are read or being read."""
@@ -83,6 +86,6 @@ class Windows:
 
     def _opened(self, index: int) -> Window:
         if index not in self.open:
-            memory = self.free.pop() if self.free else _Memory(self.store.id_type, self.store.count_type)
+            memory = self.free.pop() if self.free else Memory(self.store.id_type, self.store.count_type)
             self.open[index] = Window(self.store, self.plan, index, self.columns, memory)
         return self.open[index]
