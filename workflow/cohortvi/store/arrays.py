@@ -263,7 +263,7 @@ class ArrayWriter:
             wider = np.promote_types(self.dtype, np.min_scalar_type(values.max(initial=0)))
             if wider != self.dtype:
                 self._widen(wider)
-        self.chunks.add(_encode(values.astype(self.dtype), self.codec))
+        self.chunks.add(encode(values.astype(self.dtype), self.codec))
 
     def _widen(self, dtype: np.dtype) -> None:
         """Write the chunks that are there again, as values of a wider type."""
@@ -271,7 +271,7 @@ class ArrayWriter:
         narrow.folder = folder.rename(folder.with_suffix(".narrow"))
         self.chunks = _ChunkFiles(folder)
         for data in narrow:
-            self.chunks.add(_encode(_decoded(data, self.dtype, self.codec).astype(dtype), self.codec))
+            self.chunks.add(encode(decode(data, self.dtype, self.codec).astype(dtype), self.codec))
         remove(narrow.folder)
         self.dtype = dtype
 
@@ -318,13 +318,15 @@ def _crc(data: bytes | np.ndarray) -> bytes:
     return google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
 
 
-def _encode(values: np.ndarray, codec: Codec) -> bytes:
+def encode(values: np.ndarray, codec: Codec) -> bytes:
+    """Return the values of a chunk as they lie on disk, without a checksum."""
     if codec.delta:
         values = np.diff(values, prepend=values.dtype.type(0))
     return blosc.compress(values, codec.cname.encode(), codec.clevel, SHUFFLES[codec.shuffle])
 
 
-def _decoded(data: bytes, dtype: np.dtype, codec: Codec) -> np.ndarray:
+def decode(data: bytes, dtype: np.dtype, codec: Codec) -> np.ndarray:
+    """Return the values that `encode` took."""
     values: Any = np.frombuffer(blosc.decompress(data), dtype).copy()
     if codec.delta:
         accumulate(values)

@@ -1,0 +1,88 @@
+"""What the ids and the counts of a shard cost under several codecs, in bytes and in time: the table of docs/store.md.
+
+Cells are drawn from a negative binomial, about 200 or 1,000 of 2,000 or 20,000 genes detected in each, or taken from an
+h5ad, shuffled. Time is that of one core, the best of some runs, for chunks of as many values as the format has.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from cohortvi.store.arrays import Codec, decode, encode
+
+CODECS = [
+    ("zstd", 1, "shuffle"), ("zstd", 3, "shuffle"), ("zstd", 3, "bitshuffle"), ("lz4", 5, "shuffle"),
+    ("lz4", 5, "bitshuffle"), ("lz4hc", 5, "shuffle"), ("lz4hc", 5, "bitshuffle"), ("lz4hc", 9, "shuffle"),
+    ("lz4hc", 9, "bitshuffle"),
+]  # fmt: skip
+
+
+def simulated(n_obs: int, n_vars: int) -> sp.csr_matrix:
+    """Draw counts (n, g): 10 types, means over three orders of magnitude, depths that differ."""
+    r = np.random.default_rng(0)
+    share = np.exp(r.normal(0, 1.6, n_vars) + r.normal(0, 0.7, (10, n_vars)))
+    theta = np.exp(r.normal(0, 0.5, n_vars))
+    depth = 0.042 if n_vars < 5_000 else 0.015  # so that about 200, or 1,000, genes are detected
+    blocks = []
+    for start in range(0, n_obs, 512):
+        n = min(512, n_obs - start)
+        mu = depth * np.exp(r.normal(0, 0.4, (n, 1))) * share[r.integers(0, 10, n)]
+        blocks.append(sp.csr_matrix(r.poisson(r.gamma(theta, mu / theta)).astype(np.uint16)))
+    return sp.vstack(blocks, format="csr")
+
+
+def best(run: Callable[[], object], times: int = 5) -> float:
+    """Return the shortest processor time of some runs, in seconds."""
+    found = []
+    for _ in range(times):
+        began = time.thread_time()
+        run()
+        found.append(time.thread_time() - began)
+    return min(found)
+
+
+def measure(values: np.ndarray, codec: Codec, n_obs: int) -> dict[str, float]:
+    """Return bytes, and microseconds to write and to read, per cell."""
+    parts = np.split(values, range(codec.chunk, len(values), codec.chunk))
+    written = [encode(part, codec) for part in parts]
+    return {
+        "B/cell": sum(map(len, written)) / n_obs,
+        "write, us/cell": best(lambda: [encode(part, codec) for part in parts], 2) / n_obs * 1e6,
+        "read, us/cell": best(lambda: [decode(data, values.dtype, codec) for data in written]) / n_obs * 1e6,
+    }
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("h5ad", nargs="?", help="counts as CSR; simulated ones if none is given")
+    parser.add_argument("--cells", type=int, default=16_384)
+    parser.add_argument("--genes", type=int, default=2_000)
+    arguments = parser.parse_args()
+    if arguments.h5ad:
+        x = ad.read_h5ad(arguments.h5ad).X
+        x = sp.csr_matrix(x[np.random.default_rng(0).permutation(x.shape[0])[: arguments.cells]])
+    else:
+        x = simulated(arguments.cells, arguments.genes)
+    x.sort_indices()
+    n_obs, rows = x.shape[0], []
+    print(
+        f"{n_obs} cells x {x.shape[1]} genes, {x.nnz / n_obs:.0f} detected in a cell, largest count {x.data.max():.0f}"
+    )
+    arrays = (("ids", x.indices.astype(np.uint16), (True, False)), ("counts", x.data.astype(np.uint16), (False,)))
+    for name, values, deltas in arrays:
+        for delta in deltas:
+            for cname, clevel, shuffle in CODECS if delta or name == "counts" else CODECS[:1]:
+                codec = Codec(cname, clevel, shuffle, delta=delta)
+                what = f"{name}{' as differences' if delta else ''}"
+                rows.append({"array": what, "codec": f"{cname}-{clevel}, {shuffle}", **measure(values, codec, n_obs)})
+    print(pd.DataFrame(rows).round(2).to_markdown(index=False))
+
+
+if __name__ == "__main__":
+    main()
