@@ -83,15 +83,15 @@ class Loader:
     def __iter__(self) -> Iterator[Minibatch]:
         self.store.check_process()
         plan = self._plan(self.epoch)
-        with ThreadPoolExecutor(self.threads, thread_name_prefix=THREAD_NAME) as pool:
-            try:
-                windows = Windows(self.store, plan, self.columns, pool, self.window_memory)
-                for minibatch in self._minibatches(plan, windows, pool):
-                    self.step += 1
-                    yield minibatch
-                windows.release_before(plan.n_windows)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix=THREAD_NAME)
+        try:
+            windows = Windows(self.store, plan, self.columns, pool, self.window_memory)
+            for minibatch in self._minibatches(plan, windows, pool):
+                self.step += 1
+                yield minibatch
+            windows.release_before(plan.n_windows)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
         self.epoch, self.step = plan.epoch + 1, 0
 
     def _minibatches(self, plan: Epoch, windows: Windows, pool: ThreadPoolExecutor) -> Iterator[Minibatch]:
