@@ -105,6 +105,8 @@ def test_arrays_that_zarr_wrote_in_other_layouts_are_read_the_same(tmp_path, opt
     assert not reader.checked
     for start, stop in [(0, 100), (0, 0), (3, 5), (13, 29), (20, 22), (99, 100), (40, 90)]:
         np.testing.assert_array_equal(reader.read(start, stop), values[start:stop])
+    array[:] = 0  # now no file is there
+    np.testing.assert_array_equal(ArrayReader(array).read(5, 95), 0)
 
 
 def test_unsigned_values_lie_in_the_smallest_type_that_holds_them(tmp_path, monkeypatch):

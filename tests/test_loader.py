@@ -311,6 +311,15 @@ def test_columns_that_cannot_be_delivered_are_refused(source, tmp_path):
             list(keeping(gaps, batch_size=8, seed=0, columns=[name]))
 
 
+def test_a_column_of_one_value_is_delivered_and_its_loss_noticed(source, tmp_path):
+    path = write_store(tmp_path, "s", source.x[:50], np.full(50, "run1"), np.zeros(50))
+    (minibatch,) = keeping(ShardedCounts([path]), batch_size=50, seed=0, columns=["batch", "age", "site"])
+    assert all((values == 0).all() for values in minibatch.obs.values())
+    (tmp_path / "s.zarr/obs/batch/codes/c/0").unlink()
+    with pytest.raises(ValueError, match=r"s\.zarr: column 'batch' cannot be read .*run the workflow again"):
+        list(keeping(ShardedCounts([path]), batch_size=50, seed=0, columns=["batch"]))
+
+
 def test_stores_of_different_genes_are_refused(source, tmp_path):
     other = write_store(tmp_path, "s", source.x[:5, :8], source.batch[:5], source.age[:5])
     with pytest.raises(ValueError, match="its genes are not those of"):

@@ -16,6 +16,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.errors import ZarrUserWarning
 
 from cohortvi.files import digest, replacing
@@ -81,7 +82,9 @@ def write_store(
         manifest = {**written, **_describe(obs, var), **facts}
         size = max(min(len(obs), OBS_CHUNK), 1)
         whole = max(-(-len(obs) // size), 1) * size
-        ad.io.write_elem(root, "obs", obs, dataset_kwargs={"chunks": (size,), "shards": (whole,)})
+        columns = {"chunks": (size,), "shards": (whole,), "compressors": [ZstdCodec(level=3), Crc32cCodec()]}
+        with zarr.config.set({"array.write_empty_chunks": True}):  # a file that is not there is then a lost one
+            ad.io.write_elem(root, "obs", obs, dataset_kwargs=columns)
         with ad.settings.override(auto_shard_zarr_v3=True):
             ad.io.write_elem(root, "var", var)
         root.attrs["manifest"] = manifest
