@@ -54,7 +54,8 @@ def kill_during(clone: Path, rule: str, delay: float, log: Path, *arguments: str
         while rule not in running_rules(log) and process.poll() is None:
             time.sleep(0.05)
         time.sleep(delay)
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:  # else a killed run before this one had done the rule already
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return running_rules(log)
 
@@ -67,7 +68,7 @@ def test_a_run_killed_again_and_again_ends_like_one_left_alone(undisturbed_demo,
         delay, log = rng.uniform(0, 0.8 * seconds_of(undisturbed_demo, rule)), tmp_path / f"{rule}.log"
         hit = kill_during(clone, rule, delay, log)
         run(clone, "--unlock", tiny=False)
-        for _ in range(4):  # a job that was quicker this time is run and killed again
+        for _ in range(4):  # a job that was quicker this time, or done already, is run and killed again
             if rule not in hit:
                 delay /= 2
                 hit = kill_during(clone, rule, delay, log, "--forcerun", rule)
