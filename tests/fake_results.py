@@ -85,8 +85,8 @@ def _qc(root: Path, name: str, row: dict, fake: Fake, rng: np.random.Generator) 
             broken = table[metric] <= edge if side.endswith("low") else table[metric] >= edge
             reason[(reason == "") & broken] = f"{metric}_{side}"
     passing = reason == ""
-    table["doublet_score"] = np.where(passing & ~last, score, np.nan)
-    table["predicted_doublet"] = passing & (score > 0.25) & ~last
+    table["doublet_score"] = np.where(passing & (not last), score, np.nan)
+    table["predicted_doublet"] = passing & (score > 0.25) & (not last)
     reason[table["predicted_doublet"]] = "doublet"
     reason[(reason == "") & last] = "quarantined"
     table["reason"] = reason
