@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from cohortvi.files import write_json
-from cohortvi.store import arrays as store_arrays
+from cohortvi.store import array_writer
 from cohortvi.store import counts as counts_module
 from cohortvi.store import layout
 from cohortvi.store.counts import open_counts, write_anndata, write_counts, write_stream
@@ -47,7 +47,7 @@ def read_zarr(path: Path) -> ad.AnnData:
         return ad.io.read_zarr(path)
 
 
-SMALL = layout.Codecs(*(codec._replace(chunk=16) for codec in layout.QUICK))
+SMALL = layout.Codecs(*(codec._replace(chunk=16) for codec in layout.COMPACT))
 
 counts = arrays(
     np.uint32,
@@ -81,8 +81,8 @@ def test_what_is_read_by_anndata_and_in_chunks_of_any_size_is_what_was_written(x
     [(255, "uint8"), (256, "uint16"), (65_535, "uint16"), (65_536, "uint32"), (2**32 - 1, "uint32")],
 )
 def test_counts_lie_in_the_smallest_type_wherever_the_largest_comes(tmp_path, monkeypatch, largest, dtype):
-    monkeypatch.setattr(store_arrays, "FILE_CHUNKS", 4)  # several files are on disk before the largest count comes
-    monkeypatch.setattr(counts_module, "QUICK", SMALL)
+    monkeypatch.setattr(array_writer, "FILE_CHUNKS", 4)  # several files are on disk before the largest count comes
+    monkeypatch.setattr(layout, "COMPACT", SMALL)
     x = np.ones((50, 10), np.uint32)
     x[20, 3], x[45, 9] = min(largest, 300), largest
     read = read_zarr(write(sp.csr_matrix(x), tmp_path).with_suffix(".zarr"))
@@ -119,8 +119,8 @@ def test_a_cell_without_counts_stays(tmp_path):
 def test_the_digest_is_of_the_content_not_of_blocks_and_chunks(tmp_path, monkeypatch):
     x = matrix(60, 20)
     whole = json.loads(write(x, tmp_path, size=60).read_text())
-    monkeypatch.setattr(store_arrays, "FILE_CHUNKS", 4)
-    monkeypatch.setattr(counts_module, "QUICK", SMALL)
+    monkeypatch.setattr(array_writer, "FILE_CHUNKS", 4)
+    monkeypatch.setattr(layout, "COMPACT", SMALL)
     assert json.loads(write(x, tmp_path, size=1).read_text()) == whole
     other = x.copy()
     other.data[-1] += 1

@@ -19,7 +19,7 @@ import zarr
 from cohortvi.files import digest, read_json
 from cohortvi.store.arrays import ArrayReader
 from cohortvi.store.kernels import first_bad_row, map_genes
-from cohortvi.store.layout import MAX_COUNT, PLAIN, QUICK, Rows, id_type, quiet, write_store, write_x
+from cohortvi.store.layout import MAX_COUNT, PLAIN, Rows, id_type, quiet, write_store, write_x
 
 REBUILD = "delete the store and its manifest and run the workflow again, which writes both"
 FACTS = ("n_obs", "n_vars", "nnz", "dtype", "genes", "obs", "columns", "content", "samples")
@@ -37,7 +37,7 @@ def write_counts(
     if len(obs) and "row" not in obs:
         raise ValueError(f"{path}: obs has no column 'row'; expected each cell's row in the raw store")
     rows = (_as_rows(block, len(var), path) for block in blocks)
-    return write_store(rows, obs, var, path, {"samples": {sample: len(obs)}}, QUICK)
+    return write_store(rows, obs, var, path, {"samples": {sample: len(obs)}})
 
 
 def _as_rows(block: sp.csr_matrix, n_vars: int, path: str | Path, largest: int = MAX_COUNT) -> Rows:

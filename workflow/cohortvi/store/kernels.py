@@ -53,13 +53,6 @@ def first_bad_row(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_v
     return -1
 
 
-@numba.njit(nogil=True, cache=True)
-def accumulate(values: np.ndarray) -> None:
-    """Replace differences by their running sum, in the type of `values`, which may wrap around."""
-    for i in range(1, len(values)):
-        values[i] += values[i - 1]
-
-
 # Unsigned numbers below: an index that may be negative costs a comparison and keeps the loop from being vectorised.
 
 

@@ -1,7 +1,7 @@
 """The layout that counts/ and shards/ share: an AnnData group in zarr v3, counts as compact CSR, written as a stream.
 
 indices are uint16 (uint32 above 65,535 genes), stored as differences; data the smallest unsigned integer that holds
-the largest count; indptr int64. Each lies in few large files whose chunks carry checksums (store/arrays.py). Rows are
+the largest count; indptr int64. Each lies in few large files whose chunks carry checksums (store/array_writer.py). Rows are
 sorted by gene and hold no zero. The manifest stands in the root's attributes and, as JSON, beside the store, so that
 the two can be told to belong together. Metadata is consolidated: stray files in the folder are never looked at.
 """
@@ -20,7 +20,8 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.errors import ZarrUserWarning
 
 from cohortvi.files import digest, replacing
-from cohortvi.store.arrays import ArrayWriter, Codec
+from cohortvi.store.array_writer import ArrayWriter
+from cohortvi.store.codec import Codec
 from cohortvi.store.kernels import first_bad_row
 
 OBS_CHUNK = 8_192  # cells of an obs column decoded together; a column is one file
@@ -32,15 +33,13 @@ class Codecs(NamedTuple):
 
     indices: Codec
     data: Codec
-    indptr: Codec = Codec("lz4", 5, "shuffle", delta=True, chunk=2_048)
+    indptr: Codec
 
 
-# docs/store.md has what was tried. Quick to write: counts/ is written once and read a few times.
-QUICK = Codecs(Codec("zstd", 1, "shuffle", delta=True), Codec("zstd", 1, "shuffle"))
-# Quick to read: shards are written once and read at every epoch.
-FAST = Codecs(Codec("lz4hc", 5, "bitshuffle", delta=True), Codec("lz4hc", 5, "shuffle"))
+# docs/store.md has what was tried. Neighbouring ids repeat one another, counts are draws from few values.
+COMPACT = Codecs(Codec(delta=True), Codec(matches=False), Codec(delta=True, chunk=2_048))
 # Known to every reader: no differences.
-PLAIN = Codecs(Codec("zstd", 3, "shuffle"), Codec("zstd", 3, "shuffle"), Codec("zstd", 3, "shuffle"))
+PLAIN = Codecs(Codec(), Codec(matches=False), Codec())
 
 
 class Rows(NamedTuple):
@@ -66,7 +65,6 @@ def write_store(
     var: pd.DataFrame,
     path: str | Path,
     facts: dict[str, Any],
-    codecs: Codecs,
 ) -> dict[str, Any]:
     """Write rows, in order, as the store `path`, and return its manifest; `facts` are added to it.
 
@@ -78,7 +76,7 @@ def write_store(
     with replacing(path) as partial, quiet():
         root = zarr.open_group(partial, mode="w", zarr_format=3)
         root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        written = write_x(blocks, root, partial, (len(obs), len(var)), codecs)
+        written = write_x(blocks, root, partial, (len(obs), len(var)), COMPACT)
         manifest = {**written, **_describe(obs, var), **facts}
         size = max(min(len(obs), OBS_CHUNK), 1)
         whole = max(-(-len(obs) // size), 1) * size

@@ -18,7 +18,7 @@ import pandas as pd
 from cohortvi.config import Store, Validation
 from cohortvi.store.counts import CountsReader, read_manifest
 from cohortvi.store.kernels import take_rows
-from cohortvi.store.layout import FAST, Rows, id_type, write_store
+from cohortvi.store.layout import Rows, id_type, write_store
 from cohortvi.store.names import shard_names
 
 DRAWS = 65_536  # draws made together
@@ -131,7 +131,7 @@ def write_shard(
     rows = _gather(shares, var.index, dtype)
     blocks = (Rows(*take_rows(*rows, order[i : i + WRITE_CELLS])) for i in range(0, len(order), WRITE_CELLS))
     samples = {share.sample: len(share.positions) for share in shares if len(share.positions)}
-    return write_store(blocks, obs.iloc[order], var, path, {"samples": samples, "split": split, "shard": shard}, FAST)
+    return write_store(blocks, obs.iloc[order], var, path, {"samples": samples, "split": split, "shard": shard})
 
 
 def check_genes(manifests: dict[Path, dict[str, Any]]) -> None:

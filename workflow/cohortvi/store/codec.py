@@ -1,0 +1,111 @@
+"""How the values of a chunk become bytes: differences, Blosc's byte shuffle, Zstandard; any reader of zarr takes them back.
+
+Blosc's own call of zstd finds short matches in what are random draws from few values, which costs bytes and time. So
+the chunk is put together here, of one zstd frame with parameters of our own; docs/store.md has what that gains.
+"""
+
+import ctypes
+import threading
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numba
+import numpy as np
+from numcodecs import blosc
+from zarr.codecs import BloscCodec
+from zarr.codecs.numcodecs import Delta
+
+from cohortvi.store import native
+from cohortvi.store.native import BLOCK, CRC_BYTES, HEADER, SHUFFLED, WHOLE, ZSTD
+
+LEVEL, STRATEGY, MIN_MATCH, TARGET_LENGTH, LITERALS = 100, 107, 105, 106, 1002  # zstd.h: ZSTD_cParameter
+MATCHED = {LEVEL: 1}
+# The fastest strategy, leaping over what it does not match; literals in Huffman's code all the same.
+UNMATCHED = {LEVEL: 1, STRATEGY: 1, MIN_MATCH: 7, TARGET_LENGTH: 1024, LITERALS: 1}
+
+
+class Codec(NamedTuple):
+    """How the values of an array lie in chunks of so many."""
+
+    delta: bool = False  # as differences, the first of a chunk from 0
+    matches: bool = True  # repetitions are looked for; else values are coded one by one
+    chunk: int = 32_768
+
+    def filters(self, dtype: np.dtype) -> list[Delta] | None:
+        """Return zarr's filters of such an array."""
+        return [Delta(dtype=dtype.str)] if self.delta else None
+
+    def compressor(self, dtype: np.dtype) -> BloscCodec:
+        """Return zarr's codec of such an array."""
+        return BloscCodec(typesize=dtype.itemsize, cname="zstd", clevel=1, shuffle=_shuffle(dtype), blocksize=0)
+
+
+def _shuffle(dtype: np.dtype) -> str:
+    return "shuffle" if dtype.itemsize > 1 else "noshuffle"
+
+
+def crc(data: bytes | np.ndarray) -> bytes:
+    """Return the checksum that a chunk ends with."""
+    return google_crc32c.value(data).to_bytes(CRC_BYTES, "little")
+
+
+class _Contexts(threading.local):
+    """The zstd contexts of a thread, by whether matches are looked for."""
+
+    def __init__(self) -> None:
+        self.of: dict[bool, ctypes.c_void_p] = {}
+
+    def __del__(self) -> None:
+        for context in self.of.values():
+            native.LIBRARY.ZSTD_freeCCtx(context)
+
+    def get(self, matches: bool) -> ctypes.c_void_p:
+        if matches not in self.of:
+            self.of[matches] = ctypes.c_void_p(native.LIBRARY.ZSTD_createCCtx())
+            for name, value in (MATCHED if matches else UNMATCHED).items():
+                native.LIBRARY.ZSTD_CCtx_setParameter(self.of[matches], name, value)
+        return self.of[matches]
+
+
+_CONTEXTS = _Contexts()
+
+
+def encode(values: np.ndarray, codec: Codec) -> bytes:
+    """Return the values of a chunk as they lie on disk, without a checksum."""
+    values = np.ascontiguousarray(values)
+    if not native.AVAILABLE:
+        values = np.diff(values, prepend=values.dtype.type(0)) if codec.delta else values
+        return blosc.compress(values, b"zstd", 1, blosc.SHUFFLE if values.itemsize > 1 else blosc.NOSHUFFLE)
+    planes = np.empty(values.nbytes, np.uint8)
+    _split_planes(values.view(f"u{values.itemsize}"), planes, codec.delta)
+    size, library = values.nbytes, native.LIBRARY
+    bound = library.ZSTD_compressBound(ctypes.c_size_t(size))
+    chunk = np.empty(BLOCK + bound, np.uint8)
+    target, source = ctypes.c_void_p(chunk.ctypes.data + BLOCK), ctypes.c_void_p(planes.ctypes.data)
+    context = _CONTEXTS.get(codec.matches)
+    length = library.ZSTD_compress2(context, target, ctypes.c_size_t(bound), source, ctypes.c_size_t(size))
+    if length >= size:  # or an error: Blosc takes a block of its full size for one that is not compressed
+        length, chunk = size, np.empty(BLOCK + size, np.uint8)
+        chunk[BLOCK:] = planes
+    flags = ZSTD | WHOLE | (SHUFFLED if values.itemsize > 1 else 0)
+    chunk[:4] = 2, 1, flags, values.itemsize
+    chunk[4:BLOCK].view("<u4")[:] = size, size, BLOCK + length, HEADER + 4, length
+    return chunk[: BLOCK + length].tobytes()
+
+
+def decode(data: bytes, dtype: np.dtype, codec: Codec) -> np.ndarray:
+    """Return the values that `encode` took."""
+    values: Any = np.frombuffer(blosc.decompress(data), dtype).copy()
+    return np.cumsum(values, dtype=dtype) if codec.delta else values
+
+
+@numba.njit(nogil=True, cache=True)
+def _split_planes(values: np.ndarray, planes: np.ndarray, delta: bool) -> None:
+    """Write all first bytes, then all second bytes ... of unsigned values, or of their differences."""
+    size = np.uint64(len(values))
+    for b in range(np.uint64(values.itemsize)):
+        last = np.uint64(0)
+        for i in range(size):
+            value = np.uint64(values[i])
+            planes[b * size + i] = (value - (last if delta else np.uint64(0))) >> np.uint64(8) * b
+            last = value
