@@ -44,11 +44,10 @@ def test_the_compiled_way_is_there():
 def write(folder: Path, values: np.ndarray, codec: Codec, pieces: int = 1, **options) -> zarr.Array:
     """Write values in pieces by our writer; return the array as zarr-python opens it."""
     group = zarr.open_group(folder, mode="w", zarr_format=3)
-    writer = ArrayWriter(group, folder, "x", values.dtype.name, codec, **options)
-    for part in np.array_split(values, pieces):
-        writer.append(part)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ArrayWriter(group, folder, "x", values.dtype.name, codec, **options) as writer:
         warnings.filterwarnings("ignore", "Numcodecs codecs are not in the Zarr")
+        for part in np.array_split(values, pieces):
+            writer.append(part)
         writer.close()
         return zarr.open_group(folder, mode="r")["x"]
 
@@ -114,9 +113,9 @@ def test_unsigned_values_lie_in_the_smallest_type_that_holds_them(tmp_path, monk
     for end, dtype in ((60, "uint8"), (61, "uint16"), (90, "uint16"), (91, "uint32"), (100, "uint32")):
         folder = tmp_path / str(end)
         group = zarr.open_group(folder, mode="w", zarr_format=3)
-        writer = ArrayWriter(group, folder, "x", "uint8", CODECS[1]._replace(chunk=8), grows=True)
-        writer.append(values[:end])
-        writer.close()
+        with ArrayWriter(group, folder, "x", "uint8", Codec(chunk=8), grows=True) as writer:
+            writer.append(values[:end])
+            writer.close()
         assert group["x"].dtype == dtype
         np.testing.assert_array_equal(group["x"][:], values[:end])
         assert sorted(path.name for path in folder.iterdir()) == ["x", "zarr.json"]

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, Self
 
 import numpy as np
 import zarr
@@ -16,7 +17,10 @@ FILE_CHUNKS = 8_192  # chunks a file: a few hundred MB, so that a cohort has hun
 
 
 class ArrayWriter:
-    """An array of unknown length, written chunk by chunk; `close` makes it a member of its group."""
+    """An array of unknown length, written chunk by chunk; `close` makes it a member of its group.
+
+    A context, whose end closes the file that is being written, whatever went wrong.
+    """
 
     def __init__(self, group: zarr.Group, folder: Path, name: str, dtype: str, codec: Codec, *, grows: bool = False):
         """`folder`: where the group lies; `grows`: unsigned values lie in the smallest type, from `dtype` on."""
@@ -24,12 +28,20 @@ class ArrayWriter:
         self.dtype = np.dtype(dtype)
         self.buffer, self.filled, self.size = np.empty(codec.chunk, np.uint32 if grows else dtype), 0, 0
         self.folder, self.chunks = folder / name, _ChunkFiles(folder / f"{name}.chunks")
-        self.sha = hashlib.sha256()
+
+    @property
+    def digest(self) -> str:
+        """The digest of the array, known when it is closed."""
+        return self.chunks.sha.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.chunks.end()
 
     def append(self, values: np.ndarray) -> None:
         """Add values to the end."""
-        # Digests are of the values, whatever type and chunks they lie in.
-        self.sha.update(np.ascontiguousarray(values, "<i8" if self.dtype.kind == "i" else "<u4"))
         self.size += len(values)
         while len(values):
             taken = min(len(values), self.codec.chunk - self.filled)
@@ -68,6 +80,7 @@ class ArrayWriter:
     def _widen(self, dtype: np.dtype) -> None:
         """Write the chunks that are there again, as values of a wider type."""
         narrow, folder = self.chunks, self.chunks.folder
+        narrow.end()
         narrow.folder = folder.rename(folder.with_suffix(".narrow"))
         self.chunks = _ChunkFiles(folder)
         for data in narrow:
@@ -80,31 +93,39 @@ class _ChunkFiles:
     """The files of an array that is being written: encoded chunks, each with its crc32c, and an index at the end."""
 
     def __init__(self, folder: Path):
-        self.folder, self.lengths = folder, []
+        self.folder, self.lengths, self.sha = folder, [], hashlib.sha256()
+        self.file: BinaryIO | None = None
         folder.mkdir()
 
+    def end(self) -> None:
+        """Close the file that is being written, if there is one."""
+        if self.file:
+            self.file.close()
+
     def add(self, data: bytes) -> None:
-        file = len(self.lengths) // FILE_CHUNKS
-        if file and len(self.lengths) % FILE_CHUNKS == 0:
-            self._write_index(file - 1, FILE_CHUNKS)
-        with (self.folder / str(file)).open("ab") as out:
-            self.lengths.append(out.write(data + crc(data)))
+        number, place = divmod(len(self.lengths), FILE_CHUNKS)
+        if place == 0:
+            if self.file:
+                self._end_file(FILE_CHUNKS)
+            self.file = (self.folder / str(number)).open("xb")
+        self.sha.update(data)
+        self.lengths.append(self.file.write(data + crc(data)))
 
     def close(self) -> int:
         """Write the last index; return the number of chunks that each file has room for."""
-        last = max(len(self.lengths) - 1, 0) // FILE_CHUNKS
-        room = FILE_CHUNKS if last else max(len(self.lengths), 1)
-        if self.lengths:
-            self._write_index(last, room)
+        room = FILE_CHUNKS if len(self.lengths) > FILE_CHUNKS else max(len(self.lengths), 1)
+        if self.file:
+            self._end_file(room)
         return room
 
-    def _write_index(self, file: int, room: int) -> None:
-        lengths = np.array(self.lengths[file * FILE_CHUNKS : (file + 1) * FILE_CHUNKS], np.uint64)
+    def _end_file(self, room: int) -> None:
+        first = (len(self.lengths) - 1) // FILE_CHUNKS * FILE_CHUNKS
+        lengths = np.array(self.lengths[first:], np.uint64)
         index = np.full((room, 2), ABSENT, "<u8")
         index[: len(lengths), 0] = np.cumsum(lengths) - lengths
         index[: len(lengths), 1] = lengths
-        with (self.folder / str(file)).open("ab") as out:
-            out.write(index.tobytes() + crc(index.tobytes()))
+        self.file.write(index.tobytes() + crc(index.tobytes()))
+        self.end()
 
     def __iter__(self) -> Iterator[bytes]:
         """Yield the encoded chunks."""

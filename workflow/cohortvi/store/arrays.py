@@ -21,9 +21,20 @@ from zarr.storage import LocalStore
 
 from cohortvi.store import native
 from cohortvi.store.codec import crc
-from cohortvi.store.native import ABSENT, BAD_BLOSC, BAD_CRC, CRC_BYTES, OK, Scratch, decode_chunks
+from cohortvi.store.native import (
+    ABSENT,
+    BAD_BLOSC,
+    BAD_CRC,
+    BAD_READ,
+    CRC_BYTES,
+    OK,
+    Context,
+    decode_chunks,
+    read_chunks,
+    span,
+)
 
-_SCRATCH = Scratch()
+_CONTEXT = Context()
 
 
 class _Layout(NamedTuple):
@@ -70,6 +81,7 @@ class ArrayReader:
         local = isinstance(array.store, LocalStore)
         self.folder = Path(array.store.root) / array.path if local else None
         self.indexes: dict[int, np.ndarray] = {}
+        self.paths: dict[int, np.ndarray] = {}
 
     @property
     def checked(self) -> bool:
@@ -103,31 +115,35 @@ class ArrayReader:
             out[:] = 0  # zarr stores no file for zeros alone; what this program writes has all its files
             return
         first, last = start // size, -(-stop // size)
-        places = index[first:last].copy()
-        there = places[:, 0] != ABSENT
-        begin = int(places[there, 0].min(initial=ABSENT))
-        end = int((places[there, 0] + places[there, 1]).max(initial=0))
-        raw = self._bytes(file, begin, end) if begin < end else np.empty(0, np.uint8)
-        places[there, 0] -= np.uint64(begin)
-        skip, layout = start - first * size, self.layout
-        if layout.codec == "blosc" and native.AVAILABLE:
-            itemsize = self.dtype.itemsize
-            room, plain = _SCRATCH.chunk(size * itemsize), out.view(f"u{itemsize}")
-            coded = (_SCRATCH.context, layout.checked, layout.delta)
-            chunk, failure = decode_chunks(raw, places, skip, plain, room, *coded)
-        else:
-            chunk, failure = self._decode_chunks(raw, places, skip, out)
+        places, skip = index[first:last], start - first * size
+        chunk, failure = self._decode(file, places, skip, out)
         if failure:
             wrong = "differs from its crc32c" if failure == BAD_CRC else f"cannot be decoded to {size} values"
             raise ValueError(f"{self.array.path}/c/{file}: chunk {first + chunk} {wrong}")
 
-    def _decode_chunks(self, raw: np.ndarray, places: np.ndarray, skip: int, out: np.ndarray) -> tuple[int, int]:
+    def _decode(self, file: int, places: np.ndarray, skip: int, out: np.ndarray) -> tuple[int, int]:
+        layout, itemsize = self.layout, self.dtype.itemsize
+        target = (places, skip, out.view(f"u{itemsize}"), layout.chunk * itemsize)
+        is_native = layout.codec == "blosc" and native.AVAILABLE
+        if is_native and self.folder is not None:
+            chunk, failure = read_chunks(self._path(file), *target, _CONTEXT.address, layout.checked, layout.delta)
+            if failure != BAD_READ:
+                return chunk, failure
+        begin, end = span(places)
+        raw = self._bytes(file, begin, end) if end else np.empty(0, np.uint8)
+        if is_native:
+            return decode_chunks(raw, begin, *target, _CONTEXT.address, layout.checked, layout.delta)
+        return self._decode_chunks(raw, begin, places, skip, out)
+
+    def _decode_chunks(
+        self, raw: np.ndarray, begin: int, places: np.ndarray, skip: int, out: np.ndarray
+    ) -> tuple[int, int]:
         """Do as `decode_chunks` does, for any codec, chunk by chunk through Python."""
         size = self.layout.chunk
         for chunk, (offset, length) in enumerate(places.tolist()):
             first = max(0, skip - chunk * size)
-            begin = chunk * size + first - skip
-            data = raw[offset : offset + length] if offset != ABSENT else None
+            filled = chunk * size + first - skip
+            data = raw[offset - begin : offset - begin + length] if offset != ABSENT else None
             if data is not None and self.layout.checked:
                 data, stored = data[:-CRC_BYTES], data[-CRC_BYTES:].tobytes()
                 if crc(data) != stored:
@@ -137,8 +153,8 @@ class ArrayReader:
                 return chunk, BAD_BLOSC
             if self.layout.delta:
                 decoded = np.cumsum(decoded, dtype=self.dtype)
-            n = min(size - first, len(out) - begin)
-            out[begin : begin + n] = decoded[first : first + n]
+            n = min(size - first, len(out) - filled)
+            out[filled : filled + n] = decoded[first : first + n]
         return 0, OK
 
     def _decoded(self, data: np.ndarray) -> np.ndarray:
@@ -155,11 +171,14 @@ class ArrayReader:
             self.indexes[file] = raw[:-CRC_BYTES].copy().view("<u8").reshape(n_chunks, 2)
         return self.indexes[file]
 
-    def _bytes(self, file: int, start: int, stop: int | None) -> np.ndarray:
-        """Return bytes start:stop of a file; with a negative start and no stop, its last bytes.
+    def _path(self, file: int) -> np.ndarray:
+        """Return the name of a file, as C wants it."""
+        if file not in self.paths:
+            self.paths[file] = np.frombuffer(os.fsencode(self.folder / "c" / str(file)) + b"\0", np.uint8)
+        return self.paths[file]
 
-        They lie in memory that this thread's next call writes over.
-        """
+    def _bytes(self, file: int, start: int, stop: int | None) -> np.ndarray:
+        """Return bytes start:stop of a file; with a negative start and no stop, its last bytes."""
         name = f"{self.array.path}/c/{file}"
         if self.folder is None:
             request = RangeByteRequest(start, stop) if stop is not None else SuffixByteRequest(-start)
@@ -180,7 +199,7 @@ def _pread(path: Path, start: int, stop: int | None) -> np.ndarray:
     try:
         if stop is None:
             start, stop = max(os.fstat(descriptor).st_size + start, 0), os.fstat(descriptor).st_size
-        raw, filled = _SCRATCH.bytes(stop - start), 0
+        raw, filled = np.empty(stop - start, np.uint8), 0
         while filled < len(raw):
             got = os.preadv(descriptor, [raw[filled:]], start + filled)
             if not got:

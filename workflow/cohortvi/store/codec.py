@@ -1,4 +1,4 @@
-"""How the values of a chunk become bytes: differences, Blosc's byte shuffle, Zstandard; any reader of zarr takes them back.
+"""How the values of a chunk become bytes: differences, Blosc's byte shuffle, zstd; any reader of zarr takes them back.
 
 Blosc's own call of zstd finds short matches in what are random draws from few values, which costs bytes and time. So
 the chunk is put together here, of one zstd frame with parameters of our own; docs/store.md has what that gains.

@@ -96,10 +96,13 @@ class CountsReader:
             ArrayReader(self.root[f"X/{name}"]) for name in ("indptr", "indices", "data")
         )
         self.column_readers: dict[str, ArrayReader] = {}
+        self.is_mapped = False
         self._check_shape()
         self.genes = None if genes is None else pd.Index(genes, dtype=object)
         if self.genes is not None:
-            self.n_vars, self.place = len(self.genes), self.genes.get_indexer(self.var.index).astype(np.int32)
+            place = self.genes.get_indexer(self.var.index).astype(np.int32)
+            self.n_vars, self.is_mapped = len(self.genes), not np.array_equal(place, np.arange(len(self.genes)))
+            self.place = place
 
     def _open(self) -> zarr.Group:
         try:
@@ -205,7 +208,7 @@ class CountsReader:
         size = int(ends[-1] - ends[0])
         rows = Rows(ends - ends[0], np.empty(size, self.indices.dtype), np.empty(size, self.data.dtype))
         self.read_into(start, ends, rows.indices, rows.data)
-        return rows if self.genes is None else self._over_genes(rows)
+        return self._over_genes(rows) if self.is_mapped else rows
 
     def _over_genes(self, rows: Rows) -> Rows:
         indices, data = np.empty(len(rows.indices), id_type(self.n_vars)), np.empty_like(rows.data)

@@ -13,7 +13,8 @@ from numba.core import types
 from numba.extending import intrinsic
 
 AHEAD = 2  # rows; random rows of a window come out of main memory, and the processor can't foresee them
-LINE = 32  # two-byte values of a cache line
+LINE = 64  # bytes of a cache line
+WIDE = 16_384  # bytes of a dense row from which on batches outgrow the caches, and are written past them
 
 
 @intrinsic
@@ -35,9 +36,26 @@ def _prefetch(typingctx: Any, array: Any, index: Any) -> tuple:
 @numba.njit(nogil=True, cache=True)
 def _prefetch_row(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, row: int) -> None:
     at = np.uint64(row)
-    for i in range(np.uint64(indptr[at]), np.uint64(indptr[at + np.uint64(1)]), np.uint64(LINE)):
+    for i in range(np.uint64(indptr[at]), np.uint64(indptr[at + np.uint64(1)]), np.uint64(LINE // 2)):
         _prefetch(indices, i)
         _prefetch(data, i)
+
+
+@intrinsic
+def _stream_line(typingctx: Any, to: Any, at: Any, source: Any, begin: Any) -> tuple:
+    """Write LINE bytes, source[begin] and on, to to[at] and on, past the caches; to[at] begins a line."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        to, at, source, begin = arguments
+        line = ir.VectorType(ir.IntType(32), LINE // 4).as_pointer()
+        target = builder.gep(context.make_array(signature.args[0])(context, builder, to).data, [at])
+        origin = builder.gep(context.make_array(signature.args[2])(context, builder, source).data, [begin])
+        value = builder.load(builder.bitcast(origin, line), align=1)
+        store = builder.store(value, builder.bitcast(target, line), align=LINE)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.void(to, types.uint64, source, types.uint64), generate
 
 
 @numba.njit(nogil=True, cache=True)
@@ -57,16 +75,51 @@ def first_bad_row(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_v
 
 
 @numba.njit(nogil=True, cache=True)
+def _write_row(values: np.ndarray, x: np.ndarray, first: int) -> None:
+    """Write values to x[first] and on, whole lines past the caches."""
+    line, n = np.uint64(LINE // x.itemsize), np.uint64(len(values))
+    begin = min((line - (np.uint64(x.ctypes.data // x.itemsize) + first) % line) % line, n)
+    end = n - (n - begin) % line
+    for i in range(begin):
+        x[first + i] = values[i]
+    for i in range(begin, end, line):
+        _stream_line(x, first + i, values, i)
+    for i in range(end, n):
+        x[first + i] = values[i]
+
+
+@numba.njit(nogil=True, cache=True)
+def _scatter(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, row: int, x: np.ndarray, first: int) -> None:
+    """Write the entries of a row to where its genes lie in x, counted from x[first]."""
+    at = np.uint64(row)
+    for i in range(np.uint64(indptr[at]), np.uint64(indptr[at + np.uint64(1)])):
+        x[first + np.uint64(indices[i])] = data[i]
+
+
+@numba.njit(nogil=True, cache=True)
+def _clear(indptr: np.ndarray, indices: np.ndarray, row: int, x: np.ndarray) -> None:
+    at = np.uint64(row)
+    for i in range(np.uint64(indptr[at]), np.uint64(indptr[at + np.uint64(1)])):
+        x[np.uint64(indices[i])] = 0
+
+
+@numba.njit(nogil=True, cache=True)
 def fill_dense(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, rows: np.ndarray, x_ng: np.ndarray) -> None:
     """Write row rows[k] of the CSR arrays into x_ng[k], zeros included, whatever stood there."""
-    n_vars, flat = np.uint64(x_ng.shape[1]), x_ng.reshape(-1)
+    flat, n_vars = x_ng.reshape(-1), np.uint64(x_ng.shape[1])
+    is_wide = x_ng.shape[1] * x_ng.itemsize >= WIDE
+    values = np.zeros(x_ng.shape[1] if is_wide else 0, x_ng.dtype)
     for k in range(len(rows)):
         if k + AHEAD < len(rows):
             _prefetch_row(indptr, indices, data, rows[k + AHEAD])
-        row, first = np.uint64(rows[k]), np.uint64(k) * n_vars
-        flat[np.int64(first) : np.int64(first + n_vars)] = 0
-        for i in range(np.uint64(indptr[row]), np.uint64(indptr[row + np.uint64(1)])):
-            flat[first + np.uint64(indices[i])] = data[i]
+        first = np.uint64(k) * n_vars
+        if is_wide:
+            _scatter(indptr, indices, data, rows[k], values, np.uint64(0))
+            _write_row(values, flat, first)
+            _clear(indptr, indices, rows[k], values)
+        else:
+            flat[np.int64(first) : np.int64(first + n_vars)] = 0
+            _scatter(indptr, indices, data, rows[k], flat, first)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -93,19 +146,21 @@ def gather(
 
 
 @numba.njit(nogil=True, cache=True)
+def row_ends(indptr: np.ndarray, rows: np.ndarray, ends: np.ndarray) -> None:
+    """Write where row rows[k] ends among the entries of the rows before it into ends[k + 1], counted from ends[0]."""
+    for k in range(len(rows)):
+        ends[k + 1] = ends[k] + indptr[rows[k] + 1] - indptr[rows[k]]
+
+
+@numba.njit(nogil=True, cache=True)
 def take_rows(
     indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return CSR arrays whose row k is row rows[k] of the given ones."""
     ends = np.zeros(len(rows) + 1, np.int64)
-    for k in range(len(rows)):
-        ends[k + 1] = ends[k] + indptr[rows[k] + 1] - indptr[rows[k]]
+    row_ends(indptr, rows, ends)
     to_indices, to_data = np.empty(ends[-1], indices.dtype), np.empty(ends[-1], data.dtype)
-    for k in range(len(rows)):
-        begin = indptr[rows[k]]
-        for i in range(ends[k + 1] - ends[k]):
-            to_indices[ends[k] + i] = indices[begin + i]
-            to_data[ends[k] + i] = data[begin + i]
+    gather(indptr, indices, data, rows, ends, to_indices, to_data)
     return ends, to_indices, to_data
 
 

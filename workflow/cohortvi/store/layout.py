@@ -1,8 +1,8 @@
 """The layout that counts/ and shards/ share: an AnnData group in zarr v3, counts as compact CSR, written as a stream.
 
 indices are uint16 (uint32 above 65,535 genes), stored as differences; data the smallest unsigned integer that holds
-the largest count; indptr int64. Each lies in few large files whose chunks carry checksums (store/array_writer.py). Rows are
-sorted by gene and hold no zero. The manifest stands in the root's attributes and, as JSON, beside the store, so that
+the largest count; indptr int64. Each lies in few large files of checked chunks (store/array_writer.py). Rows are sorted
+by gene and hold no zero. The manifest stands in the root's attributes and, as JSON, beside the store, so that
 the two can be told to belong together. Metadata is consolidated: stray files in the folder are never looked at.
 """
 
@@ -123,27 +123,29 @@ def write_x(
     """
     encoding = {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(shape)}
     place = (root.create_group("X", attributes=encoding), folder / "X")
-    indices = ArrayWriter(*place, "indices", "int32" if dtype else id_type(shape[1]), codecs.indices)
-    data = ArrayWriter(*place, "data", dtype or "uint8", codecs.data, grows=dtype is None)
-    indptr = ArrayWriter(*place, "indptr", "int64", codecs.indptr)
-    lengths = [np.zeros(1, np.int64)]
-    for block in blocks:
-        bad = first_bad_row(*block, shape[1])
-        if bad >= 0:
-            row = sum(map(len, lengths)) - 1 + bad
-            found = f"row {row} has a zero, an unsorted gene or one beyond the {shape[1]} of var"
-            raise ValueError(f"{folder.with_suffix('')}: {found}; expected rows sorted by gene, without zeros")
-        indices.append(block.indices)
-        data.append(block.data)
-        lengths.append(np.diff(block.indptr))
-    ends = np.cumsum(np.concatenate(lengths))
-    if len(ends) != shape[0] + 1:
-        found = f"{len(ends) - 1} rows of counts for the {shape[0]} cells of obs"
-        raise ValueError(f"{folder.with_suffix('')}: {found}; expected as many rows as cells")
-    indptr.append(ends)
-    for array in (indices, data, indptr):
-        array.close()
-    content = digest(list(shape), *(array.sha.hexdigest() for array in (indptr, indices, data)))
+    with (
+        ArrayWriter(*place, "indices", "int32" if dtype else id_type(shape[1]), codecs.indices) as indices,
+        ArrayWriter(*place, "data", dtype or "uint8", codecs.data, grows=dtype is None) as data,
+        ArrayWriter(*place, "indptr", "int64", codecs.indptr) as indptr,
+    ):
+        lengths = [np.zeros(1, np.int64)]
+        for block in blocks:
+            bad = first_bad_row(*block, shape[1])
+            if bad >= 0:
+                row = sum(map(len, lengths)) - 1 + bad
+                found = f"row {row} has a zero, an unsorted gene or one beyond the {shape[1]} of var"
+                raise ValueError(f"{folder.with_suffix('')}: {found}; expected rows sorted by gene, without zeros")
+            indices.append(block.indices)
+            data.append(block.data)
+            lengths.append(np.diff(block.indptr))
+        ends = np.cumsum(np.concatenate(lengths))
+        if len(ends) != shape[0] + 1:
+            found = f"{len(ends) - 1} rows of counts for the {shape[0]} cells of obs"
+            raise ValueError(f"{folder.with_suffix('')}: {found}; expected as many rows as cells")
+        indptr.append(ends)
+        for array in (indices, data, indptr):
+            array.close()
+    content = digest(list(shape), *(array.digest for array in (indptr, indices, data)))
     return {"nnz": int(ends[-1]), "dtype": data.dtype.name, "content": content}
 
 

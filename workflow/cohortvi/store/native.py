@@ -19,10 +19,11 @@ from numcodecs import blosc
 
 CRC_BYTES = 4
 ABSENT = np.uint64(2**64 - 1)  # offset of a chunk that holds zeros alone and is not stored
-OK, BAD_CRC, BAD_BLOSC = range(3)
+OK, BAD_CRC, BAD_BLOSC, BAD_READ = range(4)
+NOTHING, VALUES, PLANES = range(3)
 
 # A Blosc chunk: version, version of the format, flags, bytes a value; then, as four bytes each, the least first, its
-# size decoded, that of its blocks, and as it lies. What `block_header` writes has one block, not split by bytes:
+# size decoded, that of its blocks, and as it lies. What store/codec.py writes has one block, not split by bytes:
 HEADER = 16
 BLOCK = HEADER + 8  # where a single block begins: after its place and its length
 SHUFFLED, WHOLE, ZSTD = 0x01, 0x10, 0x80  # flags
@@ -35,10 +36,11 @@ def _show() -> ctypes.CDLL | None:
         library = ctypes.CDLL(blosc.__file__)
         shown = {"blosc_decompress_ctx": library.blosc_decompress_ctx, "crc32c_value": checksum}
         shown["zstd_decompress"] = library.ZSTD_decompressDCtx
+        shown |= {name: getattr(ctypes.CDLL(None), name) for name in ("open", "pread", "close")}
         library.ZSTD_createDCtx.restype = library.ZSTD_createCCtx.restype = ctypes.c_void_p
         library.ZSTD_compress2.restype = library.ZSTD_compressBound.restype = ctypes.c_size_t
         library.ZSTD_CCtx_setParameter.restype = ctypes.c_size_t
-    except (ImportError, AttributeError, OSError):
+    except (ImportError, AttributeError, OSError, TypeError):
         return None
     for name, function in shown.items():
         llvmlite.binding.add_symbol(f"cohortvi_{name}", ctypes.cast(function, ctypes.c_void_p).value)
@@ -49,38 +51,30 @@ LIBRARY = _show()
 AVAILABLE = LIBRARY is not None
 _crc32c = types.ExternalFunction("cohortvi_crc32c_value", types.uint32(types.voidptr, types.uint64))
 # source, target, bytes of the target, threads -> bytes written, negative for an error
-_decompress = types.ExternalFunction(
+_blosc_decompress = types.ExternalFunction(
     "cohortvi_blosc_decompress_ctx", types.int32(types.voidptr, types.voidptr, types.uint64, types.int32)
 )
 # context, target, its bytes, source, its bytes -> bytes written, a huge number for an error
-_unpack = types.ExternalFunction(
+_zstd_decompress = types.ExternalFunction(
     "cohortvi_zstd_decompress",
     types.uint64(types.uint64, types.voidptr, types.uint64, types.voidptr, types.uint64),
 )
 
 
-class Scratch(threading.local):
-    """What a thread decodes with: zstd's context, and memory, since fresh pages cost more than the decoding."""
+_open = types.ExternalFunction("cohortvi_open", types.int32(types.voidptr, types.int32))
+_pread = types.ExternalFunction("cohortvi_pread", types.int64(types.int32, types.voidptr, types.uint64, types.int64))
+_close = types.ExternalFunction("cohortvi_close", types.int32(types.int32))
+
+
+class Context(threading.local):
+    """What zstd decodes with, one for each thread."""
 
     def __init__(self) -> None:
-        self.context = LIBRARY.ZSTD_createDCtx() if LIBRARY else 0
-        self.raw, self.planes = np.empty(0, np.uint8), np.empty(0, np.uint8)
+        self.address = LIBRARY.ZSTD_createDCtx() if LIBRARY else 0
 
     def __del__(self) -> None:
-        if self.context:
-            LIBRARY.ZSTD_freeDCtx(ctypes.c_void_p(self.context))
-
-    def bytes(self, size: int) -> np.ndarray:
-        """Return room for what is read; the thread's next call returns the same."""
-        if len(self.raw) < size:
-            self.raw = np.empty(size + size // 4, np.uint8)
-        return self.raw[:size]
-
-    def chunk(self, size: int) -> np.ndarray:
-        """Return room for the bytes of a decoded chunk."""
-        if len(self.planes) < size:
-            self.planes = np.empty(size, np.uint8)
-        return self.planes[:size]
+        if self.address:
+            LIBRARY.ZSTD_freeDCtx(ctypes.c_void_p(self.address))
 
 
 @intrinsic
@@ -105,7 +99,7 @@ def _number(raw: np.ndarray, at: int) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def _is_ours(raw: np.ndarray, offset: int, length: int, itemsize: int, size: int) -> bool:
-    """Say whether a Blosc chunk is one zstd frame, as `block_header` announces it."""
+    """Say whether a Blosc chunk is one zstd frame, as store/codec.py writes it."""
     flags = ZSTD | WHOLE | (SHUFFLED if itemsize > 1 else 0)
     if length < BLOCK or raw[offset + np.uint64(2)] != flags or raw[offset + np.uint64(3)] != itemsize:
         return False
@@ -115,73 +109,145 @@ def _is_ours(raw: np.ndarray, offset: int, length: int, itemsize: int, size: int
 
 
 @numba.njit(nogil=True, cache=True)
-def _join_planes(planes: np.ndarray, first: int, out: np.ndarray, delta: bool) -> None:
-    """Write values from number `first` on, whose bytes lie in planes, into `out`; `delta`: they are differences."""
-    size = np.uint64(len(planes) // out.itemsize)
-    start, total = np.uint64(first), np.uint64(0)
-    for i in range(start if delta else np.uint64(0)):
-        for b in range(np.uint64(out.itemsize)):
-            total += np.uint64(planes[b * size + i]) << np.uint64(8) * b
-    for k in range(np.uint64(len(out))):
-        value = np.uint64(0)
-        for b in range(np.uint64(out.itemsize)):
-            value |= np.uint64(planes[b * size + start + k]) << np.uint64(8) * b
-        total = value + (total if delta else np.uint64(0))
-        out[k] = total
+def _unpack(raw: np.ndarray, offset: int, length: int, room: np.ndarray, itemsize: int, context: int) -> int:
+    """Decode a Blosc chunk into `room`; return what lies there then: its values, or their bytes in planes."""
+    size = np.uint64(len(room))
+    if length < HEADER or _number(raw, offset + np.uint64(4)) != size:
+        return NOTHING
+    if _number(raw, offset + np.uint64(12)) != length:
+        return NOTHING
+    target = _address(room, np.uint64(0))
+    if not _is_ours(raw, offset, length, itemsize, size):
+        return VALUES if _blosc_decompress(_address(raw, offset), target, size, 1) == np.int64(size) else NOTHING
+    begin, block = offset + np.uint64(BLOCK), length - np.uint64(BLOCK)
+    if block == size:  # not compressed
+        room[:] = raw[np.int64(begin) : np.int64(begin + block)]
+    elif _zstd_decompress(context, target, size, _address(raw, begin), block) != size:
+        return NOTHING
+    return PLANES
+
+
+@numba.njit(nogil=True, cache=True)
+def _join_planes(planes: np.ndarray, first: int, out: np.ndarray) -> None:
+    """Write values from number `first` on, whose bytes lie in planes, into `out`."""
+    size, start, n = np.uint64(len(planes) // out.itemsize), np.uint64(first), np.uint64(len(out))
+    low, kind = planes[start : start + n], out.dtype.type
+    if out.itemsize == 2:
+        high = planes[size + start : size + start + n]
+        for k in range(n):
+            out[k] = np.uint16(low[k]) | np.uint16(high[k]) << np.uint16(8)
+        return
+    out[:] = low
+    for b in range(np.uint64(1), np.uint64(out.itemsize)):
+        for k in range(n):
+            out[k] |= kind(planes[b * size + start + k]) << np.uint64(8) * b
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_planes(planes: np.ndarray, n: int, itemsize: int) -> int:
+    """Return the sum of the first `n` values, which may wrap around."""
+    total, size = np.uint64(0), len(planes) // itemsize
+    for b in range(itemsize):
+        part = np.uint64(0)
+        for value in planes[b * size : b * size + n]:
+            part += value
+        total += part << np.uint64(8 * b)
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def _run_on(values: np.ndarray, total: int) -> None:
+    """Replace differences by their running sum, begun at `total`, in the type of `values`, which may wrap around."""
+    last = np.uint64(total)
+    for k in range(np.uint64(len(values))):
+        last += values[k]
+        values[k] = last
+
+
+@numba.njit(nogil=True, cache=True)
+def span(places: np.ndarray) -> tuple[int, int]:
+    """Return where the chunks that are there begin and end in their file; 0, 0 if none is."""
+    begin, end = ABSENT, np.uint64(0)
+    for chunk in range(len(places)):
+        if places[chunk, 0] != ABSENT:
+            begin, end = min(begin, places[chunk, 0]), max(end, places[chunk, 0] + places[chunk, 1])
+    return (np.int64(begin), np.int64(end)) if end else (0, 0)
+
+
+@numba.njit(nogil=True, cache=True)
+def read_file(path: np.ndarray, begin: int, raw: np.ndarray) -> bool:
+    """Fill `raw` with the bytes of a file from `begin` on; `path`: its name and a zero. Return whether it could."""
+    descriptor = _open(_address(path, np.uint64(0)), 0)  # to be read
+    if descriptor < 0:
+        return False
+    filled, got = 0, 1
+    while got > 0 and filled < len(raw):
+        got = _pread(descriptor, _address(raw, np.uint64(filled)), np.uint64(len(raw) - filled), begin + filled)
+        filled += got
+    _close(descriptor)
+    return filled == len(raw)
+
+
+@numba.njit(nogil=True, cache=True)
+def read_chunks(
+    path: np.ndarray,
+    places: np.ndarray,
+    skip: int,
+    out: np.ndarray,
+    chunk_bytes: int,
+    context: int,
+    checked: bool,
+    delta: bool,
+) -> tuple[int, int]:
+    """Read consecutive chunks out of a file and do with them as `decode_chunks` does; BAD_READ if it is too short."""
+    begin, end = span(places)
+    raw = np.empty(end - begin, np.uint8)
+    if end and not read_file(path, begin, raw):
+        return 0, BAD_READ
+    return decode_chunks(raw, begin, places, skip, out, chunk_bytes, context, checked, delta)
 
 
 @numba.njit(nogil=True, cache=True)
 def decode_chunks(  # noqa: PLR0913 (called once, from ArrayReader)
     raw: np.ndarray,
+    begin: int,
     places: np.ndarray,
     skip: int,
     out: np.ndarray,
-    room: np.ndarray,
+    chunk_bytes: int,
     context: int,
     checked: bool,
     delta: bool,
 ) -> tuple[int, int]:
     """Decode consecutive chunks, and write their values from number `skip` on into `out`, until it is full.
 
-    raw: bytes of the chunks; places: where each begins in it, and its length, (n, 2) uint64; out: unsigned values;
-    room: bytes of a decoded chunk; context: zstd's, of this thread. checked: chunks end with their crc32c; delta: they
-    hold differences. Returns the chunk that failed, and BAD_CRC or BAD_BLOSC; or OK.
+    raw: bytes of a file from `begin` on; places: where each chunk begins in the file, and its length, (n, 2) uint64;
+    out: unsigned values; chunk_bytes: of a decoded chunk; context: zstd's, of this thread. checked: chunks end with
+    their crc32c; delta: they hold differences. Returns the chunk that failed, and BAD_CRC or BAD_BLOSC; or OK.
     """
-    target_bytes = np.uint64(len(room))
-    size = len(room) // out.itemsize
+    room, size = np.empty(chunk_bytes, np.uint8), chunk_bytes // out.itemsize
     for chunk in range(len(places)):
         first = max(0, skip - chunk * size)
-        begin = chunk * size + first - skip
-        part = out[begin : begin + min(size - first, len(out) - begin)]
+        filled = chunk * size + first - skip
+        part = out[filled : filled + min(size - first, len(out) - filled)]
         if places[chunk, 0] == ABSENT:
             part[:] = 0
             continue
-        offset, length = places[chunk, 0], places[chunk, 1]
+        offset, length = places[chunk, 0] - np.uint64(begin), places[chunk, 1]
         if checked:
             length -= np.uint64(CRC_BYTES)
             if _crc32c(_address(raw, offset), length) != _number(raw, offset + length):
                 return chunk, BAD_CRC
-        if length < HEADER or _number(raw, offset + np.uint64(4)) != target_bytes:
+        found = _unpack(raw, offset, length, room, out.itemsize, context)
+        if found == NOTHING:
             return chunk, BAD_BLOSC
-        if _number(raw, offset + np.uint64(12)) != length:
-            return chunk, BAD_BLOSC
-        if _is_ours(raw, offset, length, out.itemsize, target_bytes):
-            begin_block, block = offset + np.uint64(BLOCK), length - np.uint64(BLOCK)
-            planes = room
-            if block == target_bytes:  # not compressed
-                planes = raw[np.int64(begin_block) : np.int64(begin_block + block)]
-            elif _unpack(context, _address(room, np.uint64(0)), target_bytes, _address(raw, begin_block), block) != (
-                target_bytes
-            ):
-                return chunk, BAD_BLOSC
-            _join_planes(planes, first, part, delta)
-            continue
-        written = _decompress(_address(raw, offset), _address(room, np.uint64(0)), target_bytes, 1)
-        if written != np.int64(target_bytes):
-            return chunk, BAD_BLOSC
-        values = room.view(out.dtype)
-        if delta:
-            for i in range(1, size):
-                values[i] += values[i - 1]
-        part[:] = values[first : first + len(part)]
+        if found == PLANES:
+            _join_planes(room, first, part)
+            if delta:
+                _run_on(part, _sum_planes(room, first, out.itemsize))
+        else:
+            values = room.view(out.dtype)
+            if delta:
+                _run_on(values, 0)
+            part[:] = values[first : first + len(part)]
     return 0, OK
