@@ -30,8 +30,9 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from cohortvi.config import EarlyStopping, Model, Store, Validation, build
 from cohortvi.files import write_json
 from cohortvi.inference.train import fit
-from cohortvi.store.counts import open_counts, write_counts
+from cohortvi.store.counts import write_counts
 from cohortvi.store.names import shard_names
+from cohortvi.store.opening import open_counts
 from cohortvi.store.shards import write_shard
 
 ROOT = Path(__file__).parent.parent

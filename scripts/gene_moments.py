@@ -3,7 +3,7 @@
 from cohortvi import log
 from cohortvi.cohort.genes import gene_moments
 from cohortvi.files import write_table
-from cohortvi.store.counts import open_counts
+from cohortvi.store.opening import open_counts
 
 log.start(snakemake.log[0])
 counts = open_counts(snakemake.input.counts)

@@ -16,7 +16,8 @@ from hypothesis.extra.numpy import arrays
 
 from cohortvi.files import write_json
 from cohortvi.store import array_writer, layout
-from cohortvi.store.counts import open_counts, write_anndata, write_counts, write_stream
+from cohortvi.store.counts import write_anndata, write_counts, write_stream
+from cohortvi.store.opening import open_counts
 
 
 def matrix(n_obs: int, n_vars: int, seed: int = 0) -> sp.csr_matrix:

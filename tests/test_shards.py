@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from cohortvi.config import Store, Validation
 from cohortvi.files import read_json, write_json
 from cohortvi.store import shards
-from cohortvi.store.counts import open_counts, write_counts
+from cohortvi.store.counts import write_counts
 from cohortvi.store.names import shard_names
+from cohortvi.store.opening import open_counts
 from cohortvi.store.shards import assign_shard, assign_split, draw, held_out_values, write_shard
 
 GENES = [f"g{i}" for i in range(12)]

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from cohortvi.store.counts import open_counts
+from cohortvi.store.opening import open_counts
 
 
 def cell_table(

@@ -24,8 +24,9 @@ from cohortvi.inference.covariates import BATCH, Columns, Sheet
 from cohortvi.inference.networks import Covariates
 from cohortvi.inference.prepare import choose_device
 from cohortvi.inference.vae import VAE
-from cohortvi.store.counts import CountsReader, open_counts
+from cohortvi.store.counts import CountsReader
 from cohortvi.store.layout import quiet
+from cohortvi.store.opening import open_counts
 
 SHARD_CELLS = 131_072  # cells a file
 CHUNK_CELLS = 8_192  # cells decoded together

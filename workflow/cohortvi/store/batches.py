@@ -1,17 +1,18 @@
 """How a minibatch lies in memory: dense or sparse, as float32 or in the stores' own small types, recycled."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from cohortvi.store.kernels import fill_dense, gather
+from cohortvi.store.kernels import fill_dense, gather, row_ends
 from cohortvi.store.layout import Rows
 
 OUTPUTS = ("dense", "counts", "csr", "csr_counts")
 
-Parts = list[tuple[Rows, np.ndarray]]  # rows of windows, and which of them a minibatch holds, in order
+Parts = list[tuple[Rows, np.ndarray]]  # rows of windows, and which of them minibatches hold, in order
 
 
 class Csr(NamedTuple):
@@ -33,6 +34,8 @@ class Batches:
         """Errors: ValueError for an output that there is not."""
         if output not in OUTPUTS:
             raise ValueError(f"output: found {output!r}; expected one of {', '.join(OUTPUTS)}")
+        if output in ("counts", "csr_counts") and count_type.kind != "u":
+            raise ValueError(f"output {output!r}: the store holds {count_type}; expected dense or csr")
         self.output, self.n_vars = output, n_vars
         small = output in ("counts", "csr_counts")
         self.count_type = np.dtype(count_type if small else np.float32)
@@ -48,38 +51,34 @@ class Batches:
         """Take memory back, to be written over."""
         self.free.append(memory)
 
-    def lay_out(self, group: list[Parts], memory: dict[str, torch.Tensor]) -> list[Counts]:
-        """Return the counts of each minibatch of a group, in `memory`."""
-        sizes = [sum(len(places) for _, places in parts) for parts in group]
-        ends = np.cumsum([0, *sizes])
-        spans = [slice(begin, end) for begin, end in pairwise(ends.tolist())]
-        return self._dense(group, spans, memory) if self.is_dense else self._sparse(group, spans, memory)
+    def lay_out(self, parts: Parts, sizes: Sequence[int], memory: dict[str, torch.Tensor]) -> list[Counts]:
+        """Return the counts of minibatches of these sizes, in `memory`: the rows of `parts`, in order."""
+        return self._dense(parts, sizes, memory) if self.is_dense else self._sparse(parts, sizes, memory)
 
-    def _dense(self, group: list[Parts], spans: list[slice], memory: dict[str, torch.Tensor]) -> list[Counts]:
-        x_ng = _room(memory, "x", spans[-1].stop * self.n_vars, self.count_type).view(-1, self.n_vars)
+    def _dense(self, parts: Parts, sizes: Sequence[int], memory: dict[str, torch.Tensor]) -> list[Counts]:
+        x_ng = _room(memory, "x", sum(sizes) * self.n_vars, self.count_type).view(-1, self.n_vars)
         filled, array = 0, x_ng.numpy()
-        for parts in group:
-            for rows, places in parts:
-                fill_dense(*rows, places, array[filled : filled + len(places)])
-                filled += len(places)
-        return [x_ng[span] for span in spans]
+        for rows, places in parts:
+            fill_dense(*rows, places, array[filled : filled + len(places)])
+            filled += len(places)
+        return list(x_ng.split(sizes))
 
-    def _sparse(self, group: list[Parts], spans: list[slice], memory: dict[str, torch.Tensor]) -> list[Counts]:
-        lengths = [rows.indptr[places + 1] - rows.indptr[places] for parts in group for rows, places in parts]
-        ends = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
+    def _sparse(self, parts: Parts, sizes: Sequence[int], memory: dict[str, torch.Tensor]) -> list[Counts]:
+        ends, filled = np.zeros(sum(sizes) + 1, np.int64), 0
+        for rows, places in parts:
+            row_ends(rows.indptr, places, ends[filled:])
+            filled += len(places)
         indices = _room(memory, "indices", int(ends[-1]), self.id_type)
         data = _room(memory, "data", int(ends[-1]), self.count_type)
-        filled = 0
-        for parts in group:
-            for rows, places in parts:
-                gather(*rows, places, ends[filled:], indices.numpy(), data.numpy())
-                filled += len(places)
-        made = []
-        for span in spans:
-            first, last = int(ends[span.start]), int(ends[span.stop])
-            indptr = torch.from_numpy(ends[span.start : span.stop + 1] - first)
-            made.append(Csr(indptr, indices[first:last], data[first:last], self.n_vars))
-        return made
+        to_indices, to_data, filled = indices.numpy(), data.numpy(), 0
+        for rows, places in parts:
+            gather(*rows, places, ends[filled:], to_indices, to_data)
+            filled += len(places)
+        bounds = np.cumsum([0, *sizes]).tolist()
+        lengths = np.diff(ends[bounds]).tolist()
+        indptrs = [torch.from_numpy(ends[begin : end + 1] - ends[begin]) for begin, end in pairwise(bounds)]
+        arrays = zip(indptrs, indices.split(lengths), data.split(lengths), strict=True)
+        return [Csr(*of_batch, self.n_vars) for of_batch in arrays]
 
     def copied(self, counts: Counts) -> Counts:
         """Return counts in memory of their own."""
@@ -92,5 +91,5 @@ def _room(memory: dict[str, Any], name: str, size: int, dtype: np.dtype) -> torc
     """Return the first `size` values of a tensor of the memory, made larger if need be; pinned where there is a GPU."""
     if name not in memory or len(memory[name]) < size:
         kind = torch.from_numpy(np.empty(0, dtype)).dtype
-        memory[name] = torch.empty(size + size // 16, dtype=kind, pin_memory=torch.cuda.is_available())
+        memory[name] = torch.empty(size + size // 32, dtype=kind, pin_memory=torch.cuda.is_available())
     return memory[name][:size]

@@ -16,13 +16,12 @@ import pandas as pd
 import scipy.sparse as sp
 import zarr
 
-from cohortvi.files import digest, read_json
+from cohortvi.files import digest
 from cohortvi.store.arrays import ArrayReader
-from cohortvi.store.kernels import first_bad_row, map_genes
+from cohortvi.store.kernels import map_genes
 from cohortvi.store.layout import MAX_COUNT, PLAIN, Rows, id_type, quiet, write_store, write_x
 
 REBUILD = "delete the store and its manifest and run the workflow again, which writes both"
-FACTS = ("n_obs", "n_vars", "nnz", "dtype", "genes", "obs", "columns", "content", "samples")
 
 
 def write_counts(
@@ -72,48 +71,38 @@ def write_stream(blocks: Iterable[sp.csr_matrix], frame: ad.AnnData, path: str |
         zarr.consolidate_metadata(path)
 
 
-def open_counts(manifest: str | Path, genes: Sequence[str] | None = None) -> "CountsReader":
-    """Open the store that a manifest describes, to be read over its own genes or over `genes`.
-
-    Errors: ValueError if the store is not there or not the one described.
-    """
-    return CountsReader(manifest, genes)
-
-
 class CountsReader:
     """A store of counts, read by ranges of rows; opening reads metadata and the last row's end alone.
 
     With `genes`, rows come over these in their order, and those that the store does not have count 0.
     """
 
-    def __init__(self, manifest: str | Path, genes: Sequence[str] | None = None):
-        self.path = Path(manifest).with_suffix(".zarr")
-        self.manifest = read_manifest(manifest)
-        self.n_obs, self.n_vars = self.manifest["n_obs"], self.manifest["n_vars"]
-        with quiet():
-            self.root = self._open()
+    def __init__(
+        self, path: str | Path, root: zarr.Group, manifest: dict[str, Any], genes: Sequence[str] | None = None
+    ):
+        """`root`: the group that lies at `path`; store/opening.py opens it and has its manifest."""
+        self.path, self.root, self.manifest = path, root, manifest
+        self.n_obs, self.n_vars = manifest["n_obs"], manifest["n_vars"]
         self.indptr, self.indices, self.data = (
             ArrayReader(self.root[f"X/{name}"]) for name in ("indptr", "indices", "data")
         )
+        self.id_type, self.count_type = np.dtype(id_type(self.n_vars)), _count_type(self.data.dtype)
         self.column_readers: dict[str, ArrayReader] = {}
-        self.is_mapped = False
+        self.is_mapped, self.genes = False, None
         self._check_shape()
-        self.genes = None if genes is None else pd.Index(genes, dtype=object)
-        if self.genes is not None:
-            place = self.genes.get_indexer(self.var.index).astype(np.int32)
-            self.n_vars, self.is_mapped = len(self.genes), not np.array_equal(place, np.arange(len(self.genes)))
-            self.place = place
+        if genes is not None:
+            self.genes = pd.Index(genes, dtype=object)
+            for names, what in ((self.genes, "the genes asked for"), (self.var.index, "its genes")):
+                if not names.is_unique:
+                    twice = names[names.duplicated()][0]
+                    raise ValueError(f"{path}: {what} name {twice!r} twice; expected unique names, to join by")
+            self.place = self.genes.get_indexer(self.var.index).astype(np.int32)
+            self.n_vars, self.is_mapped = len(genes), not np.array_equal(self.place, np.arange(len(genes)))
 
-    def _open(self) -> zarr.Group:
-        try:
-            root = zarr.open_group(self.path, mode="r")
-        except (FileNotFoundError, ValueError) as error:
-            raise ValueError(f"{self.path}: no store that can be opened ({error}); {REBUILD}") from error
-        written = root.attrs.get("manifest", {})
-        differing = sorted(name for name in self.manifest if written.get(name) != self.manifest[name])
-        if differing:
-            raise ValueError(f"{self.path}: {', '.join(differing)} differ from the manifest beside it; {REBUILD}")
-        return root
+    @property
+    def is_remote(self) -> bool:
+        """Whether the store lies behind a URL."""
+        return self.data.folder is None
 
     def _check_shape(self) -> None:
         with self._reading("the last row's end"):
@@ -163,12 +152,16 @@ class CountsReader:
 
         Errors: ValueError if a value is missing.
         """
+        values = self.raw_column(name, start, stop)
         is_categorical = isinstance(self.root[f"obs/{name}"], zarr.Group)
-        with self._reading(f"column {name!r}"):
-            values = self._column_reader(name).read(start, stop)
         if (values.min(initial=0) < 0) if is_categorical else not np.isfinite(values).all():
             raise ValueError(f"{self.path}: column {name!r} has no value for some cells; expected one for every cell")
         return values.astype(np.int64 if is_categorical else np.float32)
+
+    def raw_column(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return rows start:stop of a column of obs as they lie: codes, -1 where one is missing, or numbers."""
+        with self._reading(f"column {name!r}"):
+            return self._column_reader(name).read(start, stop)
 
     def _column_reader(self, name: str) -> ArrayReader:
         if name not in self.column_readers:
@@ -191,22 +184,17 @@ class CountsReader:
         """
         entries = (int(ends[0]), int(ends[-1]))
         with self._reading(f"cells {start} to {start + len(ends) - 1}"):
-            for reader, out in ((self.indices, indices), (self.data, data)):
-                if out.dtype == reader.dtype:
+            for reader, out, largest in ((self.indices, indices, self.manifest["n_vars"] - 1), (self.data, data, None)):
+                if out.dtype == reader.dtype and reader.checked:  # what passes is what was written, and that is sound
                     reader.read(*entries, out)
                 else:
-                    out[:] = reader.read(*entries)
-            is_checked = (
-                self.indices.checked and self.data.checked
-            )  # what passes is what was written, and that is sound
-            if not is_checked and first_bad_row(ends - ends[0], indices, data, self.manifest["n_vars"]) >= 0:
-                raise ValueError("gene ids do not rise or counts are zero")
+                    out[:] = _in_range(reader.read(*entries), out.dtype, largest)
 
     def read(self, start: int, stop: int) -> Rows:
         """Return rows start:stop in compact types; ValueError if they cannot be what was written."""
         ends = self.ends(start, stop)
         size = int(ends[-1] - ends[0])
-        rows = Rows(ends - ends[0], np.empty(size, self.indices.dtype), np.empty(size, self.data.dtype))
+        rows = Rows(ends - ends[0], np.empty(size, self.id_type), np.empty(size, self.count_type))
         self.read_into(start, ends, rows.indices, rows.data)
         return self._over_genes(rows) if self.is_mapped else rows
 
@@ -223,15 +211,15 @@ class CountsReader:
             yield start, sp.csr_matrix(arrays, shape=(len(indptr) - 1, self.n_vars))
 
 
-def read_manifest(path: str | Path) -> dict[str, Any]:
-    """Return a manifest; ValueError if the file is absent, no JSON, or lacks what a manifest holds."""
-    try:
-        manifest = read_json(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such manifest; run the workflow, which writes it beside the store") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error}); the manifest is damaged: {REBUILD}") from error
-    missing = [name for name in FACTS if name not in manifest]
-    if missing:
-        raise ValueError(f"{path}: the manifest lacks {', '.join(missing)}; {REBUILD}")
-    return manifest
+def _count_type(dtype: np.dtype) -> np.dtype:
+    """Return the type that counts come in: their own if it is unsigned."""
+    return {"u": dtype, "f": np.dtype(np.float32)}.get(dtype.kind, np.dtype(np.uint32))
+
+
+def _in_range(values: np.ndarray, dtype: np.dtype, largest: int | None) -> np.ndarray:
+    """Return values that other programs wrote; ValueError if the type cannot hold them or one is too large."""
+    if dtype.kind == "u" and len(values):
+        bound = np.iinfo(dtype).max if largest is None else largest
+        if values.min() < 0 or values.max() > bound:
+            raise ValueError(f"values from {values.min()} to {values.max()}, where 0 to {bound} should be")
+    return values

@@ -8,6 +8,7 @@ exception, leaves none.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,11 +16,13 @@ import torch
 
 from cohortvi.files import digest
 from cohortvi.store.batches import Batches, Counts
-from cohortvi.store.plan import Epoch, Piece
+from cohortvi.store.plan import BLOCK, Epoch, Piece
+from cohortvi.store.sampling import Sampling
 from cohortvi.store.sharded import ShardedCounts
-from cohortvi.store.windows import Memory, Window, Windows
+from cohortvi.store.windows import Memories, Source, Window, Windows
 
 THREAD_NAME = "cohortvi-loader"
+REMOTE_READERS = 32  # requests under way at once to stores behind URLs, which answer late
 GROUP_CELLS = 1_024  # cells laid out by one task: small minibatches are made several at a time
 
 
@@ -48,6 +51,9 @@ class Loader:
         output: str = "dense",
         copy: bool = False,
         shuffle: bool = True,
+        where: str | None = None,
+        balance: str | None = None,
+        weights: str | None = None,
         rank: int = 0,
         world: int = 1,
         threads: int = 1,
@@ -56,12 +62,13 @@ class Loader:
 
         `output`: dense (float32, exact up to 2^24), counts (dense, in the stores' own unsigned type), csr (int32 and
         float32) or csr_counts (uint16 or uint32 ids, counts in the stores' type). x_ng lies in memory that is written
-        anew for the next minibatch; `copy` gives each its own. Errors: ValueError for a column that not all stores
-        have in the same way, an output that there is not, or a rank outside the world.
+        anew for the next minibatch; `copy` gives each its own. `where`, `balance` and `weights` say which cells an
+        epoch draws (store/sampling.py). Errors: ValueError for a column that not all stores have, an output that there
+        is not, or a rank outside the world.
         """
         for name in columns:
             if name not in store.columns:
-                found = f"column {name!r} is not one that all stores have, with the same categories"
+                found = f"column {name!r} is not one that all stores have"
                 raise ValueError(f"{store.stores[0].path}: {found}; expected some of {', '.join(store.columns)}")
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}: expected a rank from 0 to {world - 1}")
@@ -69,12 +76,17 @@ class Loader:
         self.batches = Batches(output, store.n_vars, store.id_type, store.count_type)
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world, self.threads = rank, world, threads
-        self.window_memory: list[Memory] = []
+        self.drawn = {"where": where, "balance": balance, "weights": weights}
+        sampling = Sampling(store, **self.drawn) if any(self.drawn.values()) else None
+        self.source, self.memories = Source(store, self.columns, sampling), Memories(store)
+        self.draws: dict[str, Any] = {}
+        if sampling:
+            self.draws = {"weights": sampling.block_weights(BLOCK), "n_draws": sampling.n_draws}
         self.epoch = self.step = 0
 
     def _plan(self, epoch: int) -> Epoch:
         settings = {"batch_size": self.batch_size, "seed": self.seed, "shuffle": self.shuffle}
-        return Epoch(self.store.sizes, epoch=epoch, **settings)
+        return Epoch(self.store.sizes, epoch=epoch, **settings, **self.draws)
 
     def n_steps(self, epoch: int) -> int:
         """Return the number of minibatches of an epoch, the same for every rank."""
@@ -83,15 +95,14 @@ class Loader:
     def __iter__(self) -> Iterator[Minibatch]:
         self.store.check_process()
         plan = self._plan(self.epoch)
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix=THREAD_NAME)
-        try:
-            windows = Windows(self.store, plan, self.columns, pool, self.window_memory)
+        with ExitStack() as pools:
+            pool = pools.enter_context(_threads(self.threads))
+            readers = pools.enter_context(_threads(REMOTE_READERS)) if self.store.is_remote else pool
+            windows = Windows(self.source, plan, readers, self.memories)
             for minibatch in self._minibatches(plan, windows, pool):
                 self.step += 1
                 yield minibatch
             windows.release_before(plan.n_windows)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
         self.epoch, self.step = plan.epoch + 1, 0
 
     def _minibatches(self, plan: Epoch, windows: Windows, pool: ThreadPoolExecutor) -> Iterator[Minibatch]:
@@ -128,21 +139,21 @@ class Loader:
     def _lay_out(self, group: list[list[Piece]], windows: dict[int, Window], memory: Any) -> list[Minibatch]:
         for window in windows.values():
             window.wait()
-        chosen = [[(windows[piece.window], piece) for piece in step] for step in group]
-        parts = [[(window, window.order[piece.start : piece.stop]) for window, piece in step] for step in chosen]
-        counts = self.batches.lay_out([[(window.rows, places) for window, places in step] for step in parts], memory)
+        parts = [(windows[index], windows[index].order[start:stop]) for index, start, stop in _merged(group)]
+        sizes = [sum(piece.stop - piece.start for piece in step) for step in group]
+        counts = self.batches.lay_out([(window.rows, places) for window, places in parts], sizes, memory)
+        numbers = _joined([window.numbers[places] for window, places in parts], np.int64)
+        ends = np.cumsum([0, *sizes]).tolist()
+        columns = [self._column(index, parts).split(sizes) for index in range(len(self.columns))]
         return [
-            Minibatch(x_ng, self._columns(step), _joined([window.numbers[places] for window, places in step], np.int64))
-            for x_ng, step in zip(counts, parts, strict=True)
+            Minibatch(x_ng, {name: column[k] for name, column in zip(self.columns, columns, strict=True)}, rows)
+            for k, x_ng in enumerate(counts)
+            for rows in [numbers[ends[k] : ends[k + 1]]]
         ]
 
-    def _columns(self, step: list[tuple[Window, np.ndarray]]) -> dict[str, torch.Tensor]:
-        found = {}
-        for index, name in enumerate(self.columns):
-            dtype = np.int64 if name in self.store.categories else np.float32
-            values = _joined([window.columns[index][places] for window, places in step], dtype)
-            found[name] = torch.from_numpy(values)
-        return found
+    def _column(self, index: int, parts: list[tuple[Window, np.ndarray]]) -> torch.Tensor:
+        dtype = np.int64 if self.columns[index] in self.store.categories else np.float32
+        return torch.from_numpy(_joined([window.columns[index][places] for window, places in parts], dtype))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on after the last minibatch that was yielded; JSON-able."""
@@ -153,14 +164,36 @@ class Loader:
 
         Errors: ValueError if the sequence of minibatches is another one.
         """
-        for name, value in self._identity().items():
-            if state[name] != value:
-                raise ValueError(f"loader state: {name} is {state[name]}; expected {value}, as before the interruption")
+        found = {name: value for name, value in state.items() if name not in ("epoch", "step")}
+        for name, value in ({**dict.fromkeys(found)} | self._identity()).items():
+            if found.get(name) != value:
+                raise ValueError(f"loader state: {name} is {found.get(name)}; expected {value}, as the loader has it")
         self.epoch, self.step = state["epoch"], state["step"]
 
     def _identity(self) -> dict[str, Any]:
         contents = digest([store.manifest["content"] for store in self.store.stores])
-        return {"seed": self.seed, "batch_size": self.batch_size, "shuffle": self.shuffle, "store": contents}
+        sequence = {"seed": self.seed, "batch_size": self.batch_size, "shuffle": self.shuffle, "store": contents}
+        return sequence | {name: value for name, value in self.drawn.items() if value}
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(number, thread_name_prefix=THREAD_NAME)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _merged(group: list[list[Piece]]) -> list[Piece]:
+    """Return the pieces of a group, those that follow one another in their window as one."""
+    merged: list[Piece] = []
+    for piece in (piece for step in group for piece in step):
+        if merged and merged[-1].window == piece.window and merged[-1].stop == piece.start:
+            merged[-1] = merged[-1]._replace(stop=piece.stop)
+        else:
+            merged.append(piece)
+    return merged
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:

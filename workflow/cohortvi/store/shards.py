@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 
 from cohortvi.config import Store, Validation
-from cohortvi.store.counts import CountsReader, read_manifest
+from cohortvi.store.counts import CountsReader
 from cohortvi.store.kernels import take_rows
 from cohortvi.store.layout import Rows, id_type, write_store
 from cohortvi.store.names import shard_names
+from cohortvi.store.opening import open_counts, read_manifest
 
 DRAWS = 65_536  # draws made together
 READ_CELLS = 2_048  # rows of a counts store in memory at a time
@@ -118,12 +119,12 @@ def write_shard(
     manifests = {Path(name): read_manifest(name) for name in counts}
     if genes is None:
         check_genes(manifests)
-    first = CountsReader(next(iter(manifests)))
+    first = open_counts(next(iter(manifests)))
     var = first.var if genes is None else genes
     filled = [name for name, manifest in manifests.items() if manifest["n_obs"]]
-    held_out = _held_out([CountsReader(name) for name in filled], seed, store.validation)
+    held_out = _held_out([open_counts(name) for name in filled], seed, store.validation)
     choose = partial(_chosen, split=split, shard=shard, store=store, held_out=held_out)
-    shares = [_share(CountsReader(name), seed, choose) for name in filled]
+    shares = [_share(open_counts(name), seed, choose) for name in filled]
     obs = _join_obs(shares) if shares else first.obs
     draws = np.concatenate([np.empty(0, np.uint64), *(share.draws for share in shares)])
     order = np.argsort(draws, kind="stable")
@@ -154,7 +155,7 @@ def _share(reader: CountsReader, seed: int, choose: Callable[[np.ndarray, pd.Dat
     (sample,) = reader.manifest["samples"]
     draws = draw(seed, sample, reader.obs["row"].to_numpy())
     positions = np.flatnonzero(choose(draws, reader.obs))
-    manifest = reader.path.with_suffix(".json")
+    manifest = Path(reader.path).with_suffix(".json")
     return _Share(manifest, sample, positions, reader.obs.iloc[positions], draws[positions])
 
 
@@ -197,7 +198,7 @@ def _gather(shares: Sequence[_Share], genes: pd.Index, dtype: np.dtype) -> Rows:
     """Return the shares' rows over `genes`, share by share."""
     gathered = _Gathered(id_type(len(genes)), dtype)
     for share in shares:
-        reader, positions = CountsReader(share.manifest, genes), share.positions
+        reader, positions = open_counts(share.manifest, genes), share.positions
         for chunk in range(0, reader.n_obs, READ_CELLS):
             low, high = np.searchsorted(positions, [chunk, chunk + READ_CELLS])
             if low < high:

@@ -1,0 +1,106 @@
+"""Stores of counts, opened: those of this program by their manifests, and those of others as they lie.
+
+A path, or a URL of any file system that fsspec knows, names either a manifest, the JSON file beside a store; or a store
+of AnnData in zarr whose X is CSR; or a collection of such, as annbatch writes them.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import zarr
+
+from cohortvi.files import digest
+from cohortvi.store.counts import REBUILD, CountsReader
+from cohortvi.store.layout import quiet
+
+FACTS = ("n_obs", "n_vars", "nnz", "dtype", "genes", "obs", "columns", "content", "samples")
+COLLECTION = "annbatch-preshuffled"
+
+
+def open_counts(path: str | Path, genes: Sequence[str] | None = None) -> CountsReader:
+    """Open one store, to be read over its own genes or over `genes`.
+
+    Errors: ValueError if the store is not there, not the one that its manifest describes, or no counts in CSR.
+    """
+    (reader,) = open_all(path, genes)
+    return reader
+
+
+def open_all(path: str | Path, genes: Sequence[str] | None = None) -> Iterator[CountsReader]:
+    """Yield the stores of a collection, or the one store that a path names, as `open_counts` does."""
+    place = str(path)
+    is_manifest = place.endswith(".json")
+    manifest = read_manifest(path) if is_manifest else None
+    place = place.removesuffix(".json") + ".zarr" if is_manifest else place
+    with quiet():
+        root = _open_group(place)
+        groups = {place: root}
+        if root.attrs.get("encoding-type") == COLLECTION:
+            groups = {f"{place}/{name}": root[name] for name in sorted(root.group_keys(), key=_number)}
+        for name, group in groups.items():
+            shown = name if "://" in name else Path(name)
+            yield CountsReader(shown, group, _checked(shown, group, manifest), genes)
+
+
+def _number(name: str) -> tuple[int, str]:
+    digits = "".join(letter for letter in name if letter.isdigit())
+    return (int(digits or 0), name)
+
+
+def _open_group(place: str) -> zarr.Group:
+    try:
+        return zarr.open_group(place, mode="r")
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{place}: no store that can be opened ({error}); {REBUILD}") from error
+
+
+def _checked(path: str | Path, root: zarr.Group, manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what describes a store; ValueError if its own attributes say something else than `manifest`."""
+    written = root.attrs.get("manifest")
+    if manifest is None:
+        return describe(path, root) if written is None else written
+    differing = sorted(name for name in manifest if (written or {}).get(name) != manifest[name])
+    if differing:
+        raise ValueError(f"{path}: {', '.join(differing)} differ from the manifest beside it; {REBUILD}")
+    return manifest
+
+
+def describe(path: str | Path, root: zarr.Group) -> dict[str, Any]:
+    """Return a manifest of a store that another program wrote; ValueError if it is no AnnData with X in CSR."""
+    x = root.get("X")
+    if not isinstance(x, zarr.Group) or x.attrs.get("encoding-type") != "csr_matrix":
+        found = "no X" if x is None else x.attrs.get("encoding-type", "a dense array")
+        raise ValueError(f"{path}: found {found}; expected AnnData in zarr whose X is a csr_matrix of counts")
+    n_obs, n_vars = map(int, x.attrs["shape"])
+    nnz, dtype = x["data"].shape[0], x["data"].dtype.name
+    genes = digest([str(name) for name in root["var"][root["var"].attrs["_index"]][:]])
+    columns = {name: kind for name, element in root["obs"].members() if (kind := _kind(element)) is not None}
+    facts = {"n_obs": n_obs, "n_vars": n_vars, "nnz": nnz, "dtype": dtype, "genes": genes, "columns": columns}
+    return {**facts, "obs": "", "content": digest([n_obs, n_vars, nnz, dtype, genes]), "samples": {}}
+
+
+def _kind(element: zarr.Array | zarr.Group) -> str | None:
+    """Return what describes a column of obs: the digest of its categories, or its type; None for text and others."""
+    if isinstance(element, zarr.Group):
+        is_categorical = element.attrs.get("encoding-type") == "categorical"
+        return digest([str(value) for value in element["categories"][:]]) if is_categorical else None
+    return element.dtype.name if np.dtype(element.dtype).kind in "iufb" and element.ndim == 1 else None
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """Return a manifest; ValueError if the file is absent, no JSON, or lacks what a manifest holds."""
+    try:
+        with fsspec.open(str(path), "rt") as file:
+            manifest = json.load(file)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such manifest; run the workflow, which writes it beside the store") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: no JSON ({error}); the manifest is damaged: {REBUILD}") from error
+    missing = [name for name in FACTS if name not in manifest]
+    if missing:
+        raise ValueError(f"{path}: the manifest lacks {', '.join(missing)}; {REBUILD}")
+    return manifest
