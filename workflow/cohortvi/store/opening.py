@@ -73,7 +73,7 @@ def describe(path: str | Path, root: zarr.Group) -> dict[str, Any]:
     """Return a manifest of a store that another program wrote; ValueError if it is no AnnData with X in CSR."""
     x = root.get("X")
     if not isinstance(x, zarr.Group) or x.attrs.get("encoding-type") != "csr_matrix":
-        found = "no X" if x is None else x.attrs.get("encoding-type", "a dense array")
+        found = "no X" if x is None else f"X as {x.attrs.get('encoding-type', 'an array')!r}"
         raise ValueError(f"{path}: found {found}; expected AnnData in zarr whose X is a csr_matrix of counts")
     n_obs, n_vars = map(int, x.attrs["shape"])
     nnz, dtype = x["data"].shape[0], x["data"].dtype.name
