@@ -7,19 +7,59 @@ h5ad, shuffled. Time is that of one core, the best of some runs, for chunks of a
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from numcodecs import blosc
 
-from cohortvi.store.arrays import Codec, decode, encode
+from cohortvi.store.codec import Codec, decode, encode
 
-CODECS = [
+CHUNK = 32_768
+BLOSC = [
     ("zstd", 1, "shuffle"), ("zstd", 3, "shuffle"), ("zstd", 3, "bitshuffle"), ("lz4", 5, "shuffle"),
     ("lz4", 5, "bitshuffle"), ("lz4hc", 5, "shuffle"), ("lz4hc", 5, "bitshuffle"), ("lz4hc", 9, "shuffle"),
-    ("lz4hc", 9, "bitshuffle"),
 ]  # fmt: skip
+SHUFFLES = {"shuffle": blosc.SHUFFLE, "bitshuffle": blosc.BITSHUFFLE}
+
+
+class Candidate(NamedTuple):
+    """A way to write the values of a chunk, and to read what was written."""
+
+    name: str
+    write: Callable[[np.ndarray], bytes]
+    read: Callable[[bytes], object]
+
+
+def candidates(dtype: np.dtype) -> list[Candidate]:
+    """Return what is compared: our own two, Blosc's codecs, pcodec if it is installed, and no compression."""
+    ours = [
+        Candidate(name, partial(encode, codec=codec), partial(decode, dtype=dtype, codec=codec))
+        for name, codec in (("ours, matches", Codec()), ("ours, no matches", Codec(matches=False)))
+    ]
+    tried = [
+        Candidate(
+            f"Blosc {name}-{level}, {shuffle}",
+            partial(blosc.compress, cname=name.encode(), clevel=level, shuffle=SHUFFLES[shuffle]),
+            blosc.decompress,
+        )
+        for name, level, shuffle in BLOSC
+    ]
+    plain = Candidate("none", np.ndarray.tobytes, partial(np.frombuffer, dtype=dtype))
+    return [*ours, *tried, *pcodec(dtype), plain]
+
+
+def pcodec(dtype: np.dtype) -> list[Candidate]:
+    """Return pcodec, if it is there."""
+    try:
+        from pcodec import ChunkConfig, standalone
+    except ImportError:
+        return []
+    config = ChunkConfig(enable_8_bit=True)
+    return [Candidate("pcodec", partial(standalone.simple_compress, config=config), standalone.simple_decompress)]
 
 
 def simulated(n_obs: int, n_vars: int) -> sp.csr_matrix:
@@ -46,15 +86,25 @@ def best(run: Callable[[], object], times: int = 5) -> float:
     return min(found)
 
 
-def measure(values: np.ndarray, codec: Codec, n_obs: int) -> dict[str, float]:
+def measure(parts: list[np.ndarray], candidate: Candidate, n_obs: int) -> dict[str, float]:
     """Return bytes, and microseconds to write and to read, per cell."""
-    parts = np.split(values, range(codec.chunk, len(values), codec.chunk))
-    written = [encode(part, codec) for part in parts]
+    written = [candidate.write(part) for part in parts]
     return {
         "B/cell": sum(map(len, written)) / n_obs,
-        "write, us/cell": best(lambda: [encode(part, codec) for part in parts], 2) / n_obs * 1e6,
-        "read, us/cell": best(lambda: [decode(data, values.dtype, codec) for data in written]) / n_obs * 1e6,
+        "write, us/cell": best(lambda: [candidate.write(part) for part in parts], 2) / n_obs * 1e6,
+        "read, us/cell": best(lambda: [candidate.read(data) for data in written]) / n_obs * 1e6,
     }
+
+
+def chunks(values: np.ndarray) -> list[np.ndarray]:
+    """Return values as they are written together."""
+    return np.split(values, range(CHUNK, len(values), CHUNK))
+
+
+def bitmap(x: sp.csr_matrix) -> list[np.ndarray]:
+    """Return one bit per gene, of 256 cells at a time."""
+    ones = sp.csr_matrix((np.ones(x.nnz, bool), x.indices, x.indptr), x.shape)
+    return [np.packbits(ones[i : i + 256].toarray(), axis=1).ravel() for i in range(0, x.shape[0], 256)]
 
 
 def main() -> None:
@@ -74,13 +124,17 @@ def main() -> None:
     print(
         f"{n_obs} cells x {x.shape[1]} genes, {x.nnz / n_obs:.0f} detected in a cell, largest count {x.data.max():.0f}"
     )
-    arrays = (("ids", x.indices.astype(np.uint16), (True, False)), ("counts", x.data.astype(np.uint16), (False,)))
-    for name, values, deltas in arrays:
-        for delta in deltas:
-            for cname, clevel, shuffle in CODECS if delta or name == "counts" else CODECS[:1]:
-                codec = Codec(cname, clevel, shuffle, delta=delta)
-                what = f"{name}{' as differences' if delta else ''}"
-                rows.append({"array": what, "codec": f"{cname}-{clevel}, {shuffle}", **measure(values, codec, n_obs)})
+    ids, counts = x.indices.astype(np.uint16), x.data.astype(np.min_scalar_type(x.data.max()))
+    cut = {
+        "ids as differences": [np.diff(part, prepend=np.uint16(0)) for part in chunks(ids)],
+        "ids": chunks(ids),
+        "counts": chunks(counts),
+        "bitmap": bitmap(x),
+    }
+    for name, parts in cut.items():
+        for candidate in candidates(parts[0].dtype):
+            if name not in ("ids", "bitmap") or candidate.name in ("ours, matches", "Blosc lz4-5, shuffle", "none"):
+                rows.append({"array": name, "codec": candidate.name, **measure(parts, candidate, n_obs)})
     print(pd.DataFrame(rows).round(2).to_markdown(index=False))
 
 

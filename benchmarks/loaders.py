@@ -7,6 +7,7 @@ lie in memory that the next one overwrites.
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -35,9 +36,13 @@ def prepare(h5ad: str, folder: str) -> str:
     obs = backed.obs[[]].assign(row=np.arange(n_obs), sample="all")
     write_json(write_counts(blocks, obs, backed.var[[]], counts.with_suffix(".zarr"), sample="all"), counts)
     split = Store(max(1, n_obs // CELLS_A_SHARD), Validation(1e-12, "cell"))
-    for shard in range(split.shards):
+
+    def write(shard: int) -> None:
         path = Path(folder) / "shards" / f"train-{shard:04d}.json"
         write_json(write_shard([counts], "train", shard, path.with_suffix(".zarr"), seed=0, store=split), path)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # as the jobs of the workflow, side by side
+        list(pool.map(write, range(split.shards)))
     return str(Path(folder) / "shards")
 
 

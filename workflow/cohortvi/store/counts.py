@@ -22,6 +22,7 @@ from cohortvi.store.kernels import map_genes
 from cohortvi.store.layout import MAX_COUNT, PLAIN, Rows, id_type, quiet, write_store, write_x
 
 REBUILD = "delete the store and its manifest and run the workflow again, which writes both"
+REWRITE = "write it again with the program that made it"  # stores of others
 
 
 def write_counts(
@@ -119,8 +120,8 @@ class CountsReader:
         try:
             yield
         except (ValueError, RuntimeError, OSError) as error:
-            found = f"{what} cannot be read ({error})"
-            raise ValueError(f"{self.path}: {found}; the store is damaged: {REBUILD}") from error
+            found, advice = f"{what} cannot be read ({error})", REBUILD if self.manifest["obs"] else REWRITE
+            raise ValueError(f"{self.path}: {found}; the store is damaged: {advice}") from error
 
     @cached_property
     def obs(self) -> pd.DataFrame:
