@@ -164,7 +164,9 @@ def _history(model: str, rng: np.random.Generator) -> tuple[pd.DataFrame, int]:
     table = {"epoch": epoch, "step": 60 * epoch, "train_loss": reconstruction + weight * kl}
     table |= {"train_reconstruction": reconstruction, "train_kl": kl, "kl_weight": weight, "learning_rate": 1e-3}
     table |= {"validation_elbo": -held_out - kl, "validation_reconstruction": held_out, "validation_kl": kl + 0.1}
-    table = pd.DataFrame(table | {"cells_per_second": 15_000.0, "seconds": 0.5})
+    table = pd.DataFrame(
+        table | {"cells_per_second": 15_000.0, "seconds": 0.5, "waiting_seconds": 0.01, "peak_memory_mb": 700.0}
+    )
     return table, int(table.loc[table["kl_weight"] == 1, "validation_elbo"].idxmax()) + 1
 
 

@@ -31,9 +31,10 @@ from cohortvi.inference.train import fit, validate
 SHEET = {"dose": {"s0": "0.5", "s1": "2"}, "site": {"s0": "north", "s1": "south"}}
 COLUMNS = [
     *("epoch", "step", "train_loss", "train_reconstruction", "train_kl", "kl_weight", "learning_rate"),
-    *("validation_elbo", "validation_reconstruction", "validation_kl", "cells_per_second", "seconds"),
+    *("validation_elbo", "validation_reconstruction", "validation_kl"),
+    *("cells_per_second", "seconds", "waiting_seconds", "peak_memory_mb"),
 ]
-TIMES = ["cells_per_second", "seconds"]
+TIMES = ["cells_per_second", "seconds", "waiting_seconds", "peak_memory_mb"]
 ALWAYS = dataclasses.replace(MODEL, checkpoint_minutes=0.0)  # a checkpoint after every step
 
 
@@ -112,6 +113,8 @@ def test_training_raises_the_held_out_elbo_and_ends_at_kl_weight_one(undisturbed
     assert history["epoch"].tolist() == list(range(1, MODEL.max_epochs + 1))
     assert history["validation_elbo"].iloc[-1] > history["validation_elbo"].iloc[0] + 1
     assert history["kl_weight"].is_monotonic_increasing
+    assert history["waiting_seconds"].between(0, history["seconds"]).all()
+    assert history["peak_memory_mb"].between(50, 20_000).all()
     assert history["kl_weight"].iloc[-1] == facts["kl_weight"] == 1
     elbo = -history["validation_reconstruction"] - history["validation_kl"]
     np.testing.assert_allclose(history["validation_elbo"], elbo)

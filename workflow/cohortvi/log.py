@@ -1,6 +1,7 @@
 """One log format for every rule: one line an event, to the rule's log file and to standard error."""
 
 import logging
+import resource
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,12 @@ def start(path: str | Path) -> logging.Logger:
         logger.addHandler(handler)
     sys.excepthook = _log_exception
     return logger
+
+
+def peak_memory_mb() -> float:
+    """Return the most memory that this process has held, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 1024)  # bytes there, kilobytes here
 
 
 def _log_exception(kind, value, traceback) -> None:

@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from cohortvi.store.loader import Loader
 from cohortvi.store.opening import open_counts
+from cohortvi.store.sharded import ShardedCounts
 
 
 def cell_table(
@@ -42,5 +44,8 @@ def count_blocks(
     for path in counts:
         store = open_counts(path, genes)
         totals = store.obs["total_counts"].to_numpy() if store.n_obs else np.zeros(0)
-        for start, block in store.chunks(chunk_cells):
-            yield block, totals[start : start + block.shape[0]]
+        settings = {"batch_size": chunk_cells, "seed": 0, "shuffle": False, "output": "csr_counts"}
+        for x_ng, _, rows in Loader(ShardedCounts([store]), **settings):
+            # Copies: the next minibatch is written over this one.
+            arrays = (x_ng.data.numpy().astype(np.uint32), x_ng.indices.numpy().astype(np.int32), x_ng.indptr.numpy())
+            yield sp.csr_matrix(arrays, shape=(len(rows), x_ng.n_vars)), totals[rows]

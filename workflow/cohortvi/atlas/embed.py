@@ -26,7 +26,9 @@ from cohortvi.inference.prepare import choose_device
 from cohortvi.inference.vae import VAE
 from cohortvi.store.counts import CountsReader
 from cohortvi.store.layout import quiet
+from cohortvi.store.loader import Loader
 from cohortvi.store.opening import open_counts
+from cohortvi.store.sharded import ShardedCounts
 
 SHARD_CELLS = 131_072  # cells a file
 CHUNK_CELLS = 8_192  # cells decoded together
@@ -106,9 +108,9 @@ class _Encoder:
         """Yield the cells of a store, in order, as those of the sample with this code."""
         names = reader.obs.index.to_numpy(dtype=object)
         values = self._covariates(reader) if self.vae.encode_covariates and reader.n_obs else {}
-        for start, counts in reader.chunks(chunk_cells):
-            stop = start + counts.shape[0]
-            x_ng = torch.from_numpy(counts.toarray().astype(np.float32)).to(self.device)
+        store = ShardedCounts([reader])
+        for x_ng, _, rows in Loader(store, batch_size=chunk_cells, seed=0, shuffle=False):
+            x_ng, start, stop = x_ng.to(self.device), rows[0], rows[-1] + 1
             here = {name: torch.from_numpy(column[start:stop]) for name, column in values.items()}
             # An encoder that is not told the covariates gives new batches a place, too: their code is not looked at.
             known = self.columns.covariates(here, self.device) if here else Covariates(x_ng.new_zeros(len(x_ng)).long())

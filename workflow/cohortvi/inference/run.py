@@ -13,10 +13,11 @@ from cohortvi.inference.vae import VAE
 from cohortvi.store.loader import Loader, Minibatch
 
 PLAIN = ("step", "sums", "history", "best_elbo", "best_epoch", "anchor", "waited", "finished")
-SUMS = ("cells", "loss", "reconstruction", "kl", "seconds")
-HISTORY = (  # columns; ELBO terms in nats per cell; the last two alone differ between equal runs
+SUMS = ("cells", "loss", "reconstruction", "kl", "seconds", "waiting_seconds")
+HISTORY = (  # columns; ELBO terms in nats per cell; those of the last line alone differ between equal runs
     *("epoch", "step", "train_loss", "train_reconstruction", "train_kl", "kl_weight", "learning_rate"),
-    *("validation_elbo", "validation_reconstruction", "validation_kl", "cells_per_second", "seconds"),
+    *("validation_elbo", "validation_reconstruction", "validation_kl"),
+    *("cells_per_second", "seconds", "waiting_seconds", "peak_memory_mb"),
 )
 
 
@@ -38,11 +39,12 @@ class Run:
     finished: bool = False
 
     def minibatches(self) -> Iterator[Minibatch]:
-        """Yield what is left of the epoch under way (nothing if only its validation is), and keep the time."""
+        """Yield what is left of the epoch under way (nothing if only its validation is); time it."""
         if self.loader.state_dict()["epoch"] > len(self.history):
             return
         began = time.monotonic()
         for minibatch in self.loader:
+            self.sums["waiting_seconds"] += time.monotonic() - began
             yield minibatch
             now = time.monotonic()
             self.sums["seconds"] += now - began

@@ -25,7 +25,7 @@ from cohortvi.inference.objective import Elbo, elbo, kl_weight
 from cohortvi.inference.prepare import TRAINING, VALIDATION, Setup, prepare, seed_torch
 from cohortvi.inference.run import HISTORY, SUMS, Run
 from cohortvi.inference.vae import VAE
-from cohortvi.log import Progress, logger
+from cohortvi.log import Progress, logger, peak_memory_mb
 from cohortvi.store.loader import Minibatch
 
 PACKAGES = ("cohortvi", "numpy", "safetensors", "torch")  # whose versions a model carries
@@ -130,7 +130,9 @@ def close_epoch(setup: Setup, run: Run, validation: dict[str, float]) -> None:
         | {f"train_{name}": run.sums[name] / cells for name in ("loss", "reconstruction", "kl")}
         | {"kl_weight": weight, "learning_rate": setup.model.learning_rate}
         | {f"validation_{name}": value for name, value in validation.items()}
-        | {"cells_per_second": cells / max(run.sums["seconds"], 1e-9), "seconds": run.sums["seconds"]}
+        | {"cells_per_second": cells / max(run.sums["seconds"], 1e-9)}
+        | {name: run.sums[name] for name in ("seconds", "waiting_seconds")}
+        | {"peak_memory_mb": peak_memory_mb()}
     )
     # Below weight 1 the ELBO is not what is optimised: such epochs neither stop the run nor give the weights.
     stop = weight == 1 and run.judge(validation["elbo"], setup.model.early_stopping)
@@ -202,5 +204,6 @@ def _epoch_line(run: Run, model: Model) -> str:
         f"epoch {row['epoch']}/{model.max_epochs}  train loss {row['train_loss']:.2f}  "
         f"validation elbo {row['validation_elbo']:.2f}  reconstruction {row['validation_reconstruction']:.2f}  "
         f"kl {row['validation_kl']:.2f}  kl_weight {row['kl_weight']:.2f}  best {best}  "
-        f"{row['cells_per_second']:,.0f} cells/s"
+        f"{row['cells_per_second']:,.0f} cells/s  waiting {row['waiting_seconds'] / max(row['seconds'], 1e-9):.1%}  "
+        f"peak memory {row['peak_memory_mb']:,.0f} MB"
     )

@@ -1,7 +1,7 @@
 """A cohort's stores as one table of cells, of which nothing but metadata is held in memory."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,13 @@ class ShardedCounts:
     """
 
     def __init__(
-        self, paths: str | Path | Sequence[str | Path], *, genes: Sequence[str] | None = None, join: str | None = None
+        self,
+        paths: str | Path | Sequence[str | Path | CountsReader],
+        *,
+        genes: Sequence[str] | None = None,
+        join: str | None = None,
     ):
-        """`paths`: manifests, stores or collections, on disk or behind URLs (store/opening.py).
+        """`paths`: manifests, stores or collections, on disk or behind URLs (store/opening.py), or opened stores.
 
         `genes`: names, in the order wanted; those that a store does not have count 0 there. `join`: inner (genes that
         all stores have, in the first one's order) or outer (genes that any has). Errors: ValueError if a store is not
@@ -33,11 +37,11 @@ class ShardedCounts:
             raise ValueError("no store was given; expected the manifest of at least one")
         if join not in (None, "inner", "outer") or (join and genes is not None):
             raise ValueError(f"join: found {join!r}; expected inner or outer, or a list of genes instead of it")
-        self.stores = [store for path in paths for store in open_all(path, genes)]
+        self.stores = [store for path in paths for store in _opened(path, genes)]
         differ = [store for store in self.stores if store.manifest["genes"] != self.stores[0].manifest["genes"]]
         if differ and join:
             genes = _joined_genes([store.var_names for store in self.stores], join)
-            self.stores = [store for path in paths for store in open_all(path, genes)]
+            self.stores = [store for path in paths for store in _opened(path, genes)]
         elif differ and genes is None:
             found = f"{differ[0].path}: its genes are not those of {self.stores[0].path}"
             raise ValueError(f"{found}; expected the same. Give `genes`, or `join` inner or outer")
@@ -96,6 +100,10 @@ class ShardedCounts:
                 f"{self.stores[0].path}: opened in process {self.process}, iterated in its fork {os.getpid()}; "
                 "expected one process. Open the stores in the child, or start it by spawn; loaders need no workers."
             )
+
+
+def _opened(path: str | Path | CountsReader, genes: Sequence[str] | None) -> Iterable[CountsReader]:
+    return [path] if isinstance(path, CountsReader) else open_all(path, genes)
 
 
 def _joined_genes(names: list[pd.Index], join: str) -> pd.Index:

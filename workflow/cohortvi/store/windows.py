@@ -155,7 +155,12 @@ class Windows:
         return window
 
     def read_ahead(self, piece: Piece) -> None:
-        """Have as much of the next window read as of this one is asked for with `piece`: reading comes evenly."""
+        """Have as much of the next window read as of this one is asked for with `piece`: reading comes evenly.
+
+        Not before the window that came before this one has given its memory back: two are enough.
+        """
+        if min(self.open) < piece.window:
+            return
         if (window := self._opened(piece.window + 1)) is not None:
             size = self.plan.window_ends[piece.window + 1] - self.plan.window_ends[piece.window]
             window.read(self.memories, 1.0 if self.source.store.is_remote else piece.stop / size)
