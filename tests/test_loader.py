@@ -361,3 +361,22 @@ def test_minibatches_mix_samples_as_a_true_shuffle_does(tmp_path):
     rng, labels = np.random.default_rng(0), np.repeat(np.arange(n_samples), n_cells)
     true = [entropy(part) for _ in range(5) for part in np.array_split(rng.permutation(labels), len(found))]
     assert np.mean(found) == pytest.approx(np.mean(true), rel=0.002)
+
+
+@pytest.mark.parametrize("output", ["counts", "csr_counts"])
+def test_seventy_thousand_genes_and_the_largest_counts_come_through(tmp_path, output):
+    largest = [255, 256, 65_535, 65_536, 2**32 - 1]
+    cells, genes = np.array([0, 0, 2, 3, 3, 5]), np.array([0, 69_999, 65_536, 1, 65_535, 69_999])
+    x = sp.csr_matrix((np.array([*largest, 1], np.uint32), (cells, genes)), shape=(6, 70_000))
+    obs = pd.DataFrame({"row": np.arange(6)}, index=[f"c{i}" for i in range(6)])
+    var = pd.DataFrame(index=[f"g{i}" for i in range(70_000)])
+    write_json(write_counts([x], obs, var, tmp_path / "s.zarr", sample="s"), tmp_path / "s.json")
+    store = ShardedCounts(tmp_path / "s.json")
+    for x_ng, _, rows in Loader(store, batch_size=4, seed=0, output=output, threads=2):
+        if output == "csr_counts":
+            assert x_ng.indices.dtype == torch.uint32
+            arrays = (x_ng.data.numpy(), x_ng.indices.numpy().astype(np.int64), x_ng.indptr.numpy())
+            found = sp.csr_matrix(arrays, (len(rows), 70_000))
+        else:
+            found = sp.csr_matrix(x_ng.numpy())
+        assert (found != x[rows]).nnz == 0
