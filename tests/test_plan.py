@@ -16,6 +16,7 @@ plans = st.fixed_dictionaries(
         "block": st.integers(1, 20),
         "window_blocks": st.integers(1, 5),
         "shuffle": st.booleans(),
+        "generations": st.none() | st.just([0, 1, 0, 2, 2]),
     }
 )
 
@@ -91,6 +92,16 @@ def test_a_window_yields_32_blocks_and_32_minibatches_at_least():
     for batch_size, fewest in ((128, 32), (1_024, 32), (4_096, 128)):
         plan = Epoch([1_000_000], batch_size=batch_size, seed=0, epoch=0)
         assert {len(plan.blocks_of(window)) // fewest for window in range(plan.n_windows)} == {1}
+
+
+def test_every_window_has_its_share_of_every_generation():
+    sizes, generations = [400_000, 100_000, 50_000], [0, 1, 1]
+    plan = Epoch(sizes, batch_size=128, seed=0, epoch=0, generations=generations)
+    share = np.array([150_000 / 550_000, 400_000 / 550_000])
+    for window in range(plan.n_windows):
+        blocks = plan.blocks_of(window)
+        cells = np.bincount(np.array([1, 0, 0])[blocks[:, 0]], blocks[:, 2] - blocks[:, 1])
+        np.testing.assert_allclose(cells / cells.sum(), share, atol=2 / len(blocks))
 
 
 def test_seeds_and_epochs_are_orders_of_their_own():

@@ -86,7 +86,7 @@ class Loader:
 
     def _plan(self, epoch: int) -> Epoch:
         settings = {"batch_size": self.batch_size, "seed": self.seed, "shuffle": self.shuffle}
-        return Epoch(self.store.sizes, epoch=epoch, **settings, **self.draws)
+        return Epoch(self.store.sizes, epoch=epoch, generations=self.store.generations, **settings, **self.draws)
 
     def n_steps(self, epoch: int) -> int:
         """Return the number of minibatches of an epoch, the same for every rank."""

@@ -3,6 +3,8 @@
 Pure arithmetic, no input or output. From (sizes, batch size, seed, epoch) follow, for any number of ranks:
 - shards are cut into blocks; blocks are permuted and dealt into windows; the rows of a window are permuted; minibatches
   are cut from that sequence, so every cell comes once an epoch;
+- shards of several generations (samples that came later) are mixed in proportion: the blocks of each are dealt evenly
+  over the epoch, whatever share of the cells it has;
 - with weights a window yields its share of the draws: each of its cells as often as its weight asks, but for one draw
   at most; cells of weight 1 among others of weight 0 come once;
 - step k of all ranks together is always the same cells; rank r takes its slice of them, and all ranks take equally many
@@ -51,6 +53,7 @@ class Epoch:
         seed: int,
         epoch: int,
         shuffle: bool = True,
+        generations: Sequence[int] | None = None,
         weights: np.ndarray | None = None,
         n_draws: int | None = None,
         block: int = BLOCK,
@@ -58,9 +61,10 @@ class Epoch:
     ):
         """`sizes`: cells per shard; `batch_size`: of all ranks together; `shuffle` False: the order of the store.
 
-        `weights`: the sum of the cells' weights in each block that `cut` returns; None: every cell once. `n_draws`:
-        cells of an epoch, the sum of the weights unless given. `window_blocks`: fewest blocks that a window's draws
-        would fill, unless the store has fewer. Errors: ValueError for sizes below 1 and weights that are none.
+        `generations`: of the shards; None: all of one. `weights`: the sum of the cells' weights in each block that `cut`
+        returns; None: every cell once. `n_draws`: cells of an epoch, the sum of the weights unless given.
+        `window_blocks`: fewest blocks that a window's draws would fill, unless the store has fewer. Errors: ValueError
+        for sizes below 1 and weights that are none.
         """
         if batch_size < 1 or block < 1:
             raise ValueError(f"batch_size {batch_size}, block {block}: found a size below 1; expected at least 1")
@@ -71,6 +75,8 @@ class Epoch:
             raise ValueError(f"{len(weights)} weights for {len(blocks)} blocks: expected one each, finite, from 0 on")
         order = self._stream(0).permutation(len(blocks)) if shuffle else np.arange(len(blocks))
         order = order[weights[order] > 0]
+        if shuffle and generations is not None and len(set(generations)) > 1:
+            order = order[self._evenly(np.asarray(generations)[blocks[order, 0]])]
         self.blocks, ends = blocks[order], np.concatenate([[0], np.cumsum(weights[order])])
         self.n_obs = int(ends[-1]) if n_draws is None else n_draws * bool(len(order))
         fewest = window_blocks or max(WINDOW_BLOCKS, -(-WINDOW_BATCHES * batch_size // block))
@@ -85,6 +91,14 @@ class Epoch:
 
     def _stream(self, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.epoch, stream])
+
+    def _evenly(self, groups: np.ndarray) -> np.ndarray:
+        """Return an order that deals the members of each group evenly, one to each of as many equal stretches."""
+        places, random = np.empty(len(groups)), self._stream(0).random(len(groups))
+        for group in np.unique(groups):
+            members = np.flatnonzero(groups == group)
+            places[members] = (np.arange(len(members)) + random[members]) / len(members)
+        return np.argsort(places, kind="stable")
 
     def blocks_of(self, window: int) -> np.ndarray:
         """Return the blocks of a window, (n, 3), in the order in which their rows are numbered."""

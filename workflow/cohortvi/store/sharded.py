@@ -50,6 +50,7 @@ class ShardedCounts:
         self.is_mapped = any(store.is_mapped for store in self.stores)
         self.is_remote = any(store.is_remote for store in self.stores)
         self.sizes = [store.n_obs for store in self.stores]
+        self.generations = [store.manifest.get("generation", 0) for store in self.stores]
         self.first_rows = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         self.n_obs, self.n_vars = int(self.first_rows[-1]), self.stores[0].n_vars
         self.var_names = self.stores[0].var_names
