@@ -61,8 +61,8 @@ class Epoch:
     ):
         """`sizes`: cells per shard; `batch_size`: of all ranks together; `shuffle` False: the order of the store.
 
-        `generations`: of the shards; None: all of one. `weights`: the sum of the cells' weights in each block that `cut`
-        returns; None: every cell once. `n_draws`: cells of an epoch, the sum of the weights unless given.
+        `generations`: of the shards; None: all of one. `weights`: the sum of the cells' weights in each block of `cut`;
+        None: every cell once. `n_draws`: cells of an epoch, the sum of the weights unless given.
         `window_blocks`: fewest blocks that a window's draws would fill, unless the store has fewer. Errors: ValueError
         for sizes below 1 and weights that are none.
         """
