@@ -4,6 +4,7 @@ A store is read through its manifest, the JSON file beside it: `CountsReader` op
 included, and refuses one that its manifest does not describe or whose rows cannot be what was written.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,12 +18,11 @@ import scipy.sparse as sp
 import zarr
 
 from cohortvi.files import digest, read_json
-from cohortvi.store.arrays import ArrayReader
+from cohortvi.store.arrays import ArrayReader, arrays_of
 from cohortvi.store.kernels import first_bad_row, map_genes
-from cohortvi.store.layout import MAX_COUNT, PLAIN, Rows, id_type, quiet, write_store, write_x
+from cohortvi.store.layout import MAX_COUNT, PLAIN, Rows, id_type, quiet, repair, table_digest, write_store, write_x
 
-REBUILD = "delete the store and its manifest and run the workflow again, which writes both"
-FACTS = ("n_obs", "n_vars", "nnz", "dtype", "genes", "obs", "columns", "content", "samples")
+FACTS = ("n_obs", "n_vars", "nnz", "dtype", "genes", "var", "obs", "columns", "content", "zarr.json", "samples")
 
 
 def write_counts(
@@ -106,14 +106,16 @@ class CountsReader:
 
     def _open(self) -> zarr.Group:
         try:
-            root = zarr.open_group(self.path, mode="r")
-        except (FileNotFoundError, ValueError) as error:
-            raise ValueError(f"{self.path}: no store that can be opened ({error}); {REBUILD}") from error
-        written = root.attrs.get("manifest", {})
-        differing = sorted(name for name in self.manifest if written.get(name) != self.manifest[name])
+            raw = (self.path / "zarr.json").read_bytes()
+            written = {**json.loads(raw)["attributes"]["manifest"], "zarr.json": digest(raw)}
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            found = f"no store that can be opened (zarr.json: {error!r})"
+            raise ValueError(f"{self.path}: {found}; {repair(self.path)}") from error
+        names = sorted(written.keys() | self.manifest.keys())
+        differing = ", ".join(name for name in names if written.get(name) != self.manifest.get(name))
         if differing:
-            raise ValueError(f"{self.path}: {', '.join(differing)} differ from the manifest beside it; {REBUILD}")
-        return root
+            raise ValueError(f"{self.path}: {differing} differ from the manifest beside it; {repair(self.path)}")
+        return zarr.open_group(self.path, mode="r")  # only now: zarr believes whatever zarr.json says
 
     def _check_shape(self) -> None:
         with self._reading("the last row's end"):
@@ -122,7 +124,7 @@ class CountsReader:
         expected = (self.n_obs, *[self.manifest["nnz"]] * 3)
         if sizes != expected:
             found = f"rows, end of the last row, ids and counts number {sizes}"
-            raise ValueError(f"{self.path}: {found}; expected {expected}; {REBUILD}")
+            raise ValueError(f"{self.path}: {found}; expected {expected}; {repair(self.path)}")
 
     @contextmanager
     def _reading(self, what: str) -> Iterator[None]:
@@ -130,23 +132,27 @@ class CountsReader:
         try:
             yield
         except (ValueError, RuntimeError, OSError) as error:
-            found = f"{what} cannot be read ({error})"
-            raise ValueError(f"{self.path}: {found}; the store is damaged: {REBUILD}") from error
+            found = f"{what} cannot be read ({'; '.join([str(error), *getattr(error, '__notes__', [])])})"
+            raise ValueError(f"{self.path}: {found}; the store is damaged: {repair(self.path)}") from error
 
     @cached_property
     def obs(self) -> pd.DataFrame:
-        """The table of the cells, all columns."""
-        with self._reading("obs"):
-            return ad.io.read_elem(self.root["obs"])
+        """The table of the cells, all columns; ValueError if it is not that of the manifest."""
+        return self._table("obs")
 
     @cached_property
     def var(self) -> pd.DataFrame:
-        """The table of the store's own genes; ValueError if they are not those of the manifest."""
-        with self._reading("var"):
-            var = ad.io.read_elem(self.root["var"])
-        if digest(var.index.tolist()) != self.manifest["genes"]:
-            raise ValueError(f"{self.path}: the genes of var differ from the manifest's; {REBUILD}")
-        return var
+        """The table of the store's own genes; ValueError if it is not that of the manifest."""
+        return self._table("var")
+
+    def _table(self, name: str) -> pd.DataFrame:
+        with self._reading(name):
+            for array in arrays_of(self.root[name]):
+                array.check_files()  # of one that is lost or cut, zarr would make zeros and empty strings
+            table = ad.io.read_elem(self.root[name])
+            if table_digest(table) != self.manifest[name]:
+                raise ValueError("it is not the table that was written")
+        return table
 
     @property
     def var_names(self) -> pd.Index:
@@ -156,7 +162,13 @@ class CountsReader:
     def categories(self, column: str) -> list[str] | None:
         """Return the categories of a categorical column of obs; None if it is not categorical."""
         element = self.root[f"obs/{column}"]
-        return [str(value) for value in element["categories"][:]] if isinstance(element, zarr.Group) else None
+        if not isinstance(element, zarr.Group):
+            return None
+        with self._reading(f"column {column!r}"):
+            found = [str(value) for value in element["categories"][:]]
+            if digest(found) != self.manifest["columns"][column]:
+                raise ValueError("its categories are not those that were written")
+        return found
 
     def column(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return rows start:stop of a column of obs: codes int64 if it is categorical, otherwise float32.
@@ -228,10 +240,10 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     try:
         manifest = read_json(path)
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such manifest; run the workflow, which writes it beside the store") from error
+        raise ValueError(f"{path}: no such manifest; {repair(path)}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error}); the manifest is damaged: {REBUILD}") from error
-    missing = [name for name in FACTS if name not in manifest]
+        raise ValueError(f"{path}: no JSON ({error}); the manifest is damaged: {repair(path)}") from error
+    missing = [name for name in FACTS if not isinstance(manifest, dict) or name not in manifest]
     if missing:
-        raise ValueError(f"{path}: the manifest lacks {', '.join(missing)}; {REBUILD}")
+        raise ValueError(f"{path}: the manifest lacks {', '.join(missing)}; {repair(path)}")
     return manifest
