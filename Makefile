@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
+STORE ?= results/store
 # Files that are written by Python must not depend on the locale, nor libraries on a home that can't be written.
 export PYTHONUTF8 := 1
 
-.PHONY: help setup demo kang unlock test test-fast test-kill test-slurm lint format bench bench-kang clean
+.PHONY: help setup demo kang unlock verify test test-fast test-kill test-slurm lint format bench bench-kang clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,6 +41,9 @@ kang: setup ## the workflow on the cohort of Kang et al. 2018 (needs a network),
 
 unlock: setup ## take away the lock that a killed run left behind
 	$(BIN)/snakemake --unlock
+
+verify: setup ## read all stores under results/store, or STORE=path, and name what is damaged and how to repair it
+	$(BIN)/python -m cohortvi.store.verify "$(STORE)"
 
 test: $(VENV)/.test ## all tests
 	$(BIN)/python -m pytest

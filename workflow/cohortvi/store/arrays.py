@@ -5,6 +5,7 @@ of another layout, such as other programs write, are read through zarr-python: s
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 import zarr
 from numcodecs import blosc
 from zarr.abc.store import RangeByteRequest, SuffixByteRequest
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, Endian, ShardingCodec, ZstdCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, Endian, ShardingCodec, VLenUTF8Codec, ZstdCodec
 from zarr.codecs.numcodecs import Delta
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
@@ -38,25 +39,27 @@ _CONTEXT = Context()
 
 
 class _Layout(NamedTuple):
-    """What is needed to decode an array by hand."""
+    """What is needed to decode an array by hand; of text, to check it."""
 
     chunk: int  # values a chunk
     shard: int  # values a file
-    codec: str  # blosc, zstd, or "" for values as they are
+    codec: str  # blosc, zstd, "" for values as they are, or text, which zarr decodes
     delta: bool
     checked: bool  # every chunk ends with its crc32c
 
 
 def _layout(array: zarr.Array) -> _Layout | None:
-    """Return the layout of an array that can be decoded by hand; None for all others."""
+    """Return the layout of an array that can be decoded, or checked, by hand; None for all others."""
     codecs = getattr(array.metadata, "codecs", ())
     if array.ndim != 1 or len(codecs) != 1 or not isinstance(codecs[0], ShardingCodec):
         return None
     sharding = codecs[0]
     index = [type(codec) for codec in sharding.index_codecs]
-    if index != [BytesCodec, Crc32cCodec] or sharding.index_location.value != "end" or array.fill_value != 0:
+    if index != [BytesCodec, Crc32cCodec] or sharding.index_location.value != "end" or array.fill_value not in (0, ""):
         return None
-    inner = list(sharding.codecs)
+    sizes, inner = (sharding.chunk_shape[0], array.metadata.chunk_grid.chunk_shape[0]), list(sharding.codecs)
+    if isinstance(inner[0], VLenUTF8Codec):
+        return _Layout(*sizes, "text", delta=False, checked=isinstance(inner[-1], Crc32cCodec))
     delta = isinstance(inner[0], Delta) and np.dtype(inner[0].codec_config["dtype"]) == array.dtype
     inner = inner[delta:]
     if not inner or not isinstance(inner[0], BytesCodec) or array.dtype.kind not in "iufb":
@@ -69,7 +72,7 @@ def _layout(array: zarr.Array) -> _Layout | None:
     if len(inner) > 1 or (inner and type(inner[0]) not in names):
         return None
     codec = names[type(inner[0])] if inner else ""
-    return _Layout(sharding.chunk_shape[0], array.metadata.chunk_grid.chunk_shape[0], codec, delta, checked)
+    return _Layout(*sizes, codec, delta, checked)
 
 
 class ArrayReader:
@@ -95,7 +98,7 @@ class ArrayReader:
         """
         if out is None:
             out = np.empty(stop - start, self.dtype)
-        if self.layout is None:
+        if self.layout is None or self.layout.codec == "text":
             out[:] = self.array[start:stop]
             return out
         for file in range(start // self.layout.shard, -(-stop // self.layout.shard)):
@@ -103,6 +106,28 @@ class ArrayReader:
             low, high = max(start, first), min(stop, first + self.layout.shard)
             self._read_file(file, low - first, high - first, out[low - start : high - start])
         return out
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the files in which the array lies, from the root of its store."""
+        size = (self.array.shards or self.array.chunks)[0]
+        return [f"{self.array.path}/c/{file}" for file in range(-(-self.size // size))]
+
+    def check_files(self) -> None:
+        """Read the index of each file of an array that is `checked`; errors as of `read`."""
+        for file in range(len(self.files) * self.checked):
+            self._index(file)
+
+    def stored(self, file: int) -> Iterator[tuple[int, np.ndarray, bool]]:
+        """Yield of each chunk of a file its number, its bytes, and whether these are what its crc32c was made of.
+
+        For an array that is `checked`; errors as of `read`.
+        """
+        for chunk, (offset, length) in enumerate(self._index(file).tolist()):
+            if offset != ABSENT:
+                raw = self._bytes(file, offset, offset + length)
+                data, checksum = raw[:-CRC_BYTES], raw[-CRC_BYTES:].tobytes()
+                yield chunk, data, crc(data) == checksum
 
     def _read_file(self, file: int, start: int, stop: int, out: np.ndarray) -> None:
         """Decode values start:stop, counted from the file's first, in one read from its first to its last chunk."""
@@ -192,6 +217,11 @@ class ArrayReader:
         if len(raw) != wanted:
             raise ValueError(f"{name}: {len(raw)} bytes could be read from byte {start} on, where {wanted} should be")
         return raw
+
+
+def arrays_of(group: zarr.Group) -> list[ArrayReader]:
+    """Return all arrays of a group and of those within it."""
+    return [ArrayReader(found) for _, found in group.members(max_depth=None) if isinstance(found, zarr.Array)]
 
 
 def _pread(path: Path, start: int, stop: int | None) -> np.ndarray:

@@ -17,11 +17,10 @@ import scipy.sparse as sp
 import zarr
 
 from cohortvi.files import digest
-from cohortvi.store.arrays import ArrayReader
+from cohortvi.store.arrays import ArrayReader, arrays_of
 from cohortvi.store.kernels import map_genes
-from cohortvi.store.layout import MAX_COUNT, PLAIN, Rows, id_type, quiet, write_store, write_x
+from cohortvi.store.layout import MAX_COUNT, PLAIN, Rows, id_type, quiet, repair, table_digest, write_store, write_x
 
-REBUILD = "delete the store and its manifest and run the workflow again, which writes both"
 REWRITE = "write it again with the program that made it"  # stores of others
 
 
@@ -112,7 +111,7 @@ class CountsReader:
         expected = (self.n_obs, *[self.manifest["nnz"]] * 3)
         if sizes != expected:
             found = f"rows, end of the last row, ids and counts number {sizes}"
-            raise ValueError(f"{self.path}: {found}; expected {expected}; {REBUILD}")
+            raise ValueError(f"{self.path}: {found}; expected {expected}; {repair(self.path)}")
 
     @contextmanager
     def _reading(self, what: str) -> Iterator[None]:
@@ -120,23 +119,29 @@ class CountsReader:
         try:
             yield
         except (ValueError, RuntimeError, OSError) as error:
-            found, advice = f"{what} cannot be read ({error})", REBUILD if self.manifest["obs"] else REWRITE
+            found = f"{what} cannot be read ({'; '.join([str(error), *getattr(error, '__notes__', [])])})"
+            advice = repair(self.path) if self.manifest["obs"] else REWRITE
             raise ValueError(f"{self.path}: {found}; the store is damaged: {advice}") from error
 
     @cached_property
     def obs(self) -> pd.DataFrame:
-        """The table of the cells, all columns."""
-        with self._reading("obs"):
-            return ad.io.read_elem(self.root["obs"])
+        """The table of the cells, all columns; ValueError if it is not that of the manifest."""
+        return self._table("obs")
 
     @cached_property
     def var(self) -> pd.DataFrame:
-        """The table of the store's own genes; ValueError if they are not those of the manifest."""
-        with self._reading("var"):
-            var = ad.io.read_elem(self.root["var"])
-        if digest(var.index.tolist()) != self.manifest["genes"]:
-            raise ValueError(f"{self.path}: the genes of var differ from the manifest's; {REBUILD}")
-        return var
+        """The table of the store's own genes; ValueError if it is not that of the manifest."""
+        return self._table("var")
+
+    def _table(self, name: str) -> pd.DataFrame:
+        written = self.manifest[name]  # "" for stores of others
+        with self._reading(name):
+            for array in arrays_of(self.root[name]) if written else ():
+                array.check_files()  # of one that is lost or cut, zarr would make zeros and empty strings
+            table = ad.io.read_elem(self.root[name])
+            if written and table_digest(table) != written:
+                raise ValueError("it is not the table that was written")
+        return table
 
     @property
     def var_names(self) -> pd.Index:
@@ -146,7 +151,13 @@ class CountsReader:
     def categories(self, column: str) -> list[str] | None:
         """Return the categories of a categorical column of obs; None if it is not categorical."""
         element = self.root[f"obs/{column}"]
-        return [str(value) for value in element["categories"][:]] if isinstance(element, zarr.Group) else None
+        if not isinstance(element, zarr.Group):
+            return None
+        with self._reading(f"column {column!r}"):
+            found = [str(value) for value in element["categories"][:]]
+            if digest(found) != self.manifest["columns"][column]:
+                raise ValueError("its categories are not those that were written")
+        return found
 
     def column(self, name: str, start: int, stop: int) -> np.ndarray:
         """Return rows start:stop of a column of obs: codes int64 if it is categorical, otherwise float32.

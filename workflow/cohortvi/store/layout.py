@@ -3,9 +3,11 @@
 indices are uint16 (uint32 above 65,535 genes), stored as differences; data the smallest unsigned integer that holds
 the largest count; indptr int64. Each lies in few large files of checked chunks (store/array_writer.py). Rows are sorted
 by gene and hold no zero. The manifest stands in the root's attributes and, as JSON, beside the store, so that
-the two can be told to belong together. Metadata is consolidated: stray files in the folder are never looked at.
+the two can be told to belong together. Metadata is consolidated: stray files in the folder are never looked at. The
+JSON beside the store also holds the digest of zarr.json, in which all shapes, types and codecs stand.
 """
 
+import shlex
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ from cohortvi.store.kernels import first_bad_row
 
 OBS_CHUNK = 8_192  # cells of an obs column decoded together; a column is one file
 MAX_COUNT = 2**32 - 1
+RUN = "snakemake --cores all"
 
 
 class Codecs(NamedTuple):
@@ -80,14 +83,14 @@ def write_store(
         manifest = {**written, **_describe(obs, var), **facts}
         size = max(min(len(obs), OBS_CHUNK), 1)
         whole = max(-(-len(obs) // size), 1) * size
-        columns = {"chunks": (size,), "shards": (whole,), "compressors": [ZstdCodec(level=3), Crc32cCodec()]}
+        checked = {"compressors": [ZstdCodec(level=3), Crc32cCodec()]}
         with zarr.config.set({"array.write_empty_chunks": True}):  # a file that is not there is then a lost one
-            ad.io.write_elem(root, "obs", obs, dataset_kwargs=columns)
-        with ad.settings.override(auto_shard_zarr_v3=True):
-            ad.io.write_elem(root, "var", var)
+            ad.io.write_elem(root, "obs", obs, dataset_kwargs={"chunks": (size,), "shards": (whole,), **checked})
+            with ad.settings.override(auto_shard_zarr_v3=True):
+                ad.io.write_elem(root, "var", var, dataset_kwargs=checked)
         root.attrs["manifest"] = manifest
         zarr.consolidate_metadata(partial)
-    return manifest
+        return {**manifest, "zarr.json": digest((partial / "zarr.json").read_bytes())}
 
 
 def with_categories(obs: pd.DataFrame) -> pd.DataFrame:
@@ -145,8 +148,13 @@ def write_x(
         indptr.append(ends)
         for array in (indices, data, indptr):
             array.close()
-    content = digest(list(shape), *(array.digest for array in (indptr, indices, data)))
+    content = content_digest(shape, (array.digest for array in (indptr, indices, data)))
     return {"nnz": int(ends[-1]), "dtype": data.dtype.name, "content": content}
+
+
+def content_digest(shape: tuple[int, int], arrays: Iterable[str]) -> str:
+    """Return the digest of X from its shape and the digests of indptr, indices and data."""
+    return digest(list(shape), *arrays)
 
 
 def _describe(obs: pd.DataFrame, var: pd.DataFrame) -> dict[str, Any]:
@@ -155,17 +163,27 @@ def _describe(obs: pd.DataFrame, var: pd.DataFrame) -> dict[str, Any]:
         for name, column in obs.items()
     }
     sizes = {"n_obs": len(obs), "n_vars": len(var)}
-    return {**sizes, "genes": digest(var.index.tolist()), "obs": _table_digest(obs), "columns": columns}
+    digests = {"genes": digest(var.index.tolist()), "var": table_digest(var), "obs": table_digest(obs)}
+    return {**sizes, **digests, "columns": columns}
 
 
-def _table_digest(table: pd.DataFrame) -> str:
+def table_digest(table: pd.DataFrame) -> str:
+    """Return the digest of a table: index, names of the columns, values."""
     parts: list[Any] = [table.index.tolist()]
     for name, column in table.items():
         if is_categorical(column):
             parts += [name, column.cat.categories.astype(str).tolist(), column.cat.codes.to_numpy(np.int64)]
         else:
-            parts += [name, column.to_numpy()]
+            values = column.to_numpy()
+            parts += [name, values.astype(str).tolist() if values.dtype == object else values]
     return digest(*parts)
+
+
+def repair(path: str | Path) -> str:
+    """Return what to do about a damaged store; `path`: its own or its manifest's."""
+    place = str(path).removesuffix(".zarr").removesuffix(".json")
+    store, manifest = (shlex.quote(f"{place}{end}") for end in (".zarr", ".json"))
+    return f"run the workflow again without it (rm -rf {store} {manifest}; {RUN} {manifest})"
 
 
 def is_categorical(column: pd.Series) -> bool:

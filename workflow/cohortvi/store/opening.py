@@ -14,10 +14,10 @@ import numpy as np
 import zarr
 
 from cohortvi.files import digest
-from cohortvi.store.counts import REBUILD, CountsReader
-from cohortvi.store.layout import quiet
+from cohortvi.store.counts import CountsReader
+from cohortvi.store.layout import quiet, repair
 
-FACTS = ("n_obs", "n_vars", "nnz", "dtype", "genes", "obs", "columns", "content", "samples")
+FACTS = ("n_obs", "n_vars", "nnz", "dtype", "genes", "var", "obs", "columns", "content", "zarr.json", "samples")
 COLLECTION = "annbatch-preshuffled"
 
 
@@ -32,10 +32,10 @@ def open_counts(path: str | Path, genes: Sequence[str] | None = None) -> CountsR
 
 def open_all(path: str | Path, genes: Sequence[str] | None = None) -> Iterator[CountsReader]:
     """Yield the stores of a collection, or the one store that a path names, as `open_counts` does."""
-    place = str(path)
-    is_manifest = place.endswith(".json")
-    manifest = read_manifest(path) if is_manifest else None
-    place = place.removesuffix(".json") + ".zarr" if is_manifest else place
+    place, manifest = str(path), None
+    if place.endswith(".json"):
+        manifest, place = read_manifest(path), place.removesuffix(".json") + ".zarr"
+        check_metadata(place, manifest)
     with quiet():
         root = _open_group(place)
         groups = {place: root}
@@ -43,7 +43,7 @@ def open_all(path: str | Path, genes: Sequence[str] | None = None) -> Iterator[C
             groups = {f"{place}/{name}": root[name] for name in sorted(root.group_keys(), key=_number)}
         for name, group in groups.items():
             shown = name if "://" in name else Path(name)
-            yield CountsReader(shown, group, _checked(shown, group, manifest), genes)
+            yield CountsReader(shown, group, manifest or group.attrs.get("manifest") or describe(shown, group), genes)
 
 
 def _number(name: str) -> tuple[int, str]:
@@ -51,22 +51,27 @@ def _number(name: str) -> tuple[int, str]:
     return (int(digits or 0), name)
 
 
+def check_metadata(place: str, manifest: dict[str, Any]) -> None:
+    """Raise ValueError if a store's zarr.json is not the one of its manifest: zarr believes whatever stands there."""
+    try:
+        with fsspec.open(f"{place}/zarr.json", "rb") as file:
+            raw = file.read()
+        written = {**json.loads(raw)["attributes"]["manifest"], "zarr.json": digest(raw)}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        found = f"no store that can be opened (zarr.json: {error!r})"
+        raise ValueError(f"{place}: {found}; {repair(place)}") from error
+    names = sorted(written.keys() | manifest.keys())
+    differing = ", ".join(name for name in names if written.get(name) != manifest.get(name))
+    if differing:
+        raise ValueError(f"{place}: {differing} differ from the manifest beside it; {repair(place)}")
+
+
 def _open_group(place: str) -> zarr.Group:
     try:
         return zarr.open_group(place, mode="r")
     except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{place}: no store that can be opened ({error}); {REBUILD}") from error
-
-
-def _checked(path: str | Path, root: zarr.Group, manifest: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what describes a store; ValueError if its own attributes say something else than `manifest`."""
-    written = root.attrs.get("manifest")
-    if manifest is None:
-        return describe(path, root) if written is None else written
-    differing = sorted(name for name in manifest if (written or {}).get(name) != manifest[name])
-    if differing:
-        raise ValueError(f"{path}: {', '.join(differing)} differ from the manifest beside it; {REBUILD}")
-    return manifest
+        expected = "a manifest, AnnData in zarr, or a collection of annbatch"
+        raise ValueError(f"{place}: no store that can be opened ({error}); expected {expected}") from error
 
 
 def describe(path: str | Path, root: zarr.Group) -> dict[str, Any]:
@@ -80,7 +85,7 @@ def describe(path: str | Path, root: zarr.Group) -> dict[str, Any]:
     genes = digest([str(name) for name in root["var"][root["var"].attrs["_index"]][:]])
     columns = {name: kind for name, element in root["obs"].members() if (kind := _kind(element)) is not None}
     facts = {"n_obs": n_obs, "n_vars": n_vars, "nnz": nnz, "dtype": dtype, "genes": genes, "columns": columns}
-    return {**facts, "obs": "", "content": digest([n_obs, n_vars, nnz, dtype, genes]), "samples": {}}
+    return {**facts, "obs": "", "var": "", "content": digest([n_obs, n_vars, nnz, dtype, genes]), "samples": {}}
 
 
 def _kind(element: zarr.Array | zarr.Group) -> str | None:
@@ -97,10 +102,10 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         with fsspec.open(str(path), "rt") as file:
             manifest = json.load(file)
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such manifest; run the workflow, which writes it beside the store") from error
+        raise ValueError(f"{path}: no such manifest; {repair(path)}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: no JSON ({error}); the manifest is damaged: {REBUILD}") from error
-    missing = [name for name in FACTS if name not in manifest]
+        raise ValueError(f"{path}: no JSON ({error}); the manifest is damaged: {repair(path)}") from error
+    missing = [name for name in FACTS if not isinstance(manifest, dict) or name not in manifest]
     if missing:
-        raise ValueError(f"{path}: the manifest lacks {', '.join(missing)}; {REBUILD}")
+        raise ValueError(f"{path}: the manifest lacks {', '.join(missing)}; {repair(path)}")
     return manifest
