@@ -50,7 +50,7 @@ def prepare(h5ad: str, folder: str) -> str:
 def opened(path: str, batch_size: int, output: str) -> tuple[Loader, np.ndarray]:
     """Return a loader of the shards in a folder, and the source's row of each of its cells."""
     store = ShardedCounts(sorted(Path(path).glob("*.json")))
-    rows = np.concatenate([reader.root["obs/row"][:] for reader in store.stores])
+    rows = np.concatenate([reader.raw_column("row", 0, reader.n_obs).astype(np.int32) for reader in store.stores])
     threads = len(os.sched_getaffinity(0))
     return Loader(store, batch_size=batch_size, seed=0, output=output, threads=threads), rows
 

@@ -96,13 +96,14 @@ class Loader:
         self.store.check_process()
         plan = self._plan(self.epoch)
         with ExitStack() as pools:
+            # Called last, when no thread reads or lays out any more.
+            pools.callback(lambda: windows.release_before(plan.n_windows))
             pool = pools.enter_context(_threads(self.threads))
             readers = pools.enter_context(_threads(REMOTE_READERS)) if self.store.is_remote else pool
             windows = Windows(self.source, plan, readers, self.memories)
             for minibatch in self._minibatches(plan, windows, pool):
                 self.step += 1
                 yield minibatch
-            windows.release_before(plan.n_windows)
         self.epoch, self.step = plan.epoch + 1, 0
 
     def _minibatches(self, plan: Epoch, windows: Windows, pool: ThreadPoolExecutor) -> Iterator[Minibatch]:
