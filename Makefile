@@ -9,7 +9,7 @@ STORE ?= results/store
 export PYTHONUTF8 := 1
 
 .PHONY: help setup demo kang unlock verify test test-fast test-kill test-slurm lint format
-.PHONY: bench bench-kang bench-loader clean
+.PHONY: bench bench-kang bench-loader bench-limits clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -80,6 +80,9 @@ bench: $(VENV)/.test ## speed and memory of every rule up to the shards (benchma
 bench-loader: $(VENV)/.test ## our loader beside annbatch, scDataset, scvi-tools and scipy; about an hour (python3.12)
 	$(BIN)/python benchmarks/loader_speed.py
 	$(BIN)/python benchmarks/loader_speed.py --tables
+
+bench-limits: $(VENV)/.test ## what this machine allows the loader stage by stage, and how much of it is reached
+	$(BIN)/python benchmarks/limits.py
 
 clean: ## remove results, logs and demo data; .venv stays
 	rm -rf results resources logs benchmarks/out runs .snakemake
