@@ -9,7 +9,7 @@ STORE ?= results/store
 export PYTHONUTF8 := 1
 
 .PHONY: help setup demo kang unlock verify test test-fast test-kill test-slurm lint format
-.PHONY: bench bench-kang bench-loader bench-limits clean
+.PHONY: bench bench-kang bench-loader bench-limits bench-loader-scale clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -83,6 +83,9 @@ bench-loader: $(VENV)/.test ## our loader beside annbatch, scDataset, scvi-tools
 
 bench-limits: $(VENV)/.test ## what this machine allows the loader stage by stage, and how much of it is reached
 	$(BIN)/python benchmarks/limits.py
+
+bench-loader-scale: $(VENV)/.test ## the loader on 10 million cells: to open, to begin, speed and memory (2 GB of disk)
+	$(BIN)/python benchmarks/scale_loader.py
 
 clean: ## remove results, logs and demo data; .venv stays
 	rm -rf results resources logs benchmarks/out runs .snakemake

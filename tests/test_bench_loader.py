@@ -20,7 +20,7 @@ def load(name: str) -> ModuleType:
 
 
 tables, quality, worker = load("loader_tables"), load("loader_quality"), load("loader_worker")
-plot, simulated = load("loader_plot"), load("simulated")
+plot, scale, simulated = load("loader_plot"), load("scale_loader"), load("simulated")
 
 
 def record(loader: str, setting: str, speed: float, **where) -> dict:
@@ -200,6 +200,16 @@ def test_mates_are_counted_as_by_hand():
     ]
     expected = len(pairs[0] & pairs[1]) / (len(pairs[0]) * len(pairs[1]) / 15)  # of 15 pairs in all
     assert quality.repeated_mates(first, second, 6) == pytest.approx(expected)
+
+
+def test_goals_of_scale_that_are_missed_are_named():
+    small = {"open_s": 0.3, "first_batch_s": 0.4, "cells_per_s": 1e6, "peak_mb": 100.0}
+    rows, missed = scale.rows_of({"small": [small] * 3, "large": [small] * 3})
+    assert not missed
+    assert [cells[-1] for cells in rows] == ["1.00"] * 4
+    large = {"open_s": 1.5, "first_batch_s": 1.9, "cells_per_s": 8e5, "peak_mb": 120.0}
+    _, missed = scale.rows_of({"small": [small] * 3, "large": [large] * 3})
+    assert [text.split(":")[0] for text in missed] == ["open, s", "cells/s", "peak MB"]
 
 
 @pytest.fixture(scope="module")
