@@ -8,10 +8,11 @@ STORE ?= results/store
 # Files that are written by Python must not depend on the locale, nor libraries on a home that can't be written.
 export PYTHONUTF8 := 1
 
-.PHONY: help setup demo kang unlock verify test test-fast test-kill test-slurm lint format bench bench-kang clean
+.PHONY: help setup demo kang unlock verify test test-fast test-kill test-slurm lint format
+.PHONY: bench bench-kang bench-loader bench-limits bench-loader-scale clean
 
 help: ## what there is to make
-	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.demo ## the virtual environment that runs the workflow
 
@@ -75,6 +76,16 @@ bench-kang: $(VENV)/.peers ## our model beside scvi-tools on the cohort of Kang 
 
 bench: $(VENV)/.test ## speed and memory of every rule up to the shards (benchmarks/)
 	$(BIN)/python benchmarks/scale.py
+
+bench-loader: $(VENV)/.test ## our loader beside annbatch, scDataset, scvi-tools and scipy; about an hour (python3.12)
+	$(BIN)/python benchmarks/loader_speed.py
+	$(BIN)/python benchmarks/loader_speed.py --tables
+
+bench-limits: $(VENV)/.test ## what this machine allows the loader stage by stage, and how much of it is reached
+	$(BIN)/python benchmarks/limits.py
+
+bench-loader-scale: $(VENV)/.test ## the loader on 10 million cells: to open, to begin, speed and memory (2 GB of disk)
+	$(BIN)/python benchmarks/scale_loader.py
 
 clean: ## remove results, logs and demo data; .venv stays
 	rm -rf results resources logs benchmarks/out runs .snakemake

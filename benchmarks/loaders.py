@@ -1,8 +1,8 @@
 """The loader as a plug-in for benchmarks: `prepare` writes an h5ad as shards, `epoch` yields minibatches of them.
 
 The cells are written as the workflow writes a sample: once in order as a counts store, then shuffled into shards. One
-loader per store, batch size and output is kept open; dense minibatches are float32, sparse ones int32 and float32, and
-lie in memory that the next one overwrites.
+loader per store, batch size and output is kept open. Dense minibatches are float32, sparse ones int32 and float32, or
+both in the store's small types; they lie in memory that the next one overwrites.
 """
 
 import os
@@ -56,8 +56,9 @@ def opened(path: str, batch_size: int, output: str) -> tuple[Loader, np.ndarray]
 
 
 def epoch(path: str, batch_size: int, output: str, seed: int) -> Iterator[tuple[object, np.ndarray]]:
-    """Yield the minibatches of an epoch, each with its rows in the h5ad; `output`: dense or csr."""
+    """Yield the minibatches of an epoch, each with its rows in the h5ad; `output`: as the loader names it."""
     loader, source_rows = opened(path, batch_size, output)
     loader.epoch, loader.step = seed, 0
     for x_ng, _, rows in loader:
-        yield (x_ng.numpy() if output == "dense" else tuple(array.numpy() for array in x_ng[:3])), source_rows[rows]
+        is_dense = output in ("dense", "counts")
+        yield (x_ng.numpy() if is_dense else tuple(array.numpy() for array in x_ng[:3])), source_rows[rows]
