@@ -37,7 +37,7 @@ from cohortvi.store.shards import write_shard
 
 ROOT = Path(__file__).parent.parent
 RESOLUTIONS = np.round(np.arange(0.2, 2.01, 0.2), 1)
-SPLIT = Store(4, Validation(0.1, "cell"))
+SPLIT = Store(4, Validation(0.1, "cell"), 0)
 
 
 def read_kang() -> ad.AnnData:

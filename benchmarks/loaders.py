@@ -35,7 +35,7 @@ def prepare(h5ad: str, folder: str) -> str:
     )
     obs = backed.obs[[]].assign(row=np.arange(n_obs), sample="all")
     write_json(write_counts(blocks, obs, backed.var[[]], counts.with_suffix(".zarr"), sample="all"), counts)
-    split = Store(max(1, n_obs // CELLS_A_SHARD), Validation(1e-12, "cell"))
+    split = Store(max(1, n_obs // CELLS_A_SHARD), Validation(1e-12, "cell"), 0)
 
     def write(shard: int) -> None:
         path = Path(folder) / "shards" / f"train-{shard:04d}.json"

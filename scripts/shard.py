@@ -1,4 +1,4 @@
-"""Rule shard: counts of all samples, selected genes -> one shard of shuffled training or validation cells."""
+"""Rule shard: counts of a generation's samples, selected genes -> a shard of them, shuffled."""
 
 from cohortvi import log
 from cohortvi.config import Store, build
@@ -9,7 +9,7 @@ log.start(snakemake.log[0])
 found, params, names = snakemake.input, snakemake.params, snakemake.wildcards
 genes = read_table(found.genes)
 selected = genes.loc[genes["highly_variable"], ["symbol"]]
-store, place = build(Store, params.config), (names.split, int(names.shard))
-manifest = write_shard(found.counts, *place, snakemake.output.store, seed=params.seed, store=store, genes=selected)
+settings = {"seed": params.seed, "store": build(Store, params.config), "genes": selected, "earlier": found.earlier}
+manifest = write_shard(found.counts, names.split, params.number, snakemake.output.store, **settings)
 write_json(manifest, snakemake.output.manifest)
 log.logger.info("%s-%s: %d cells", names.split, names.shard, manifest["n_obs"])

@@ -351,7 +351,7 @@ def test_minibatches_mix_samples_as_a_true_shuffle_does(tmp_path):
     n_samples, n_cells, batch_size = 12, 600, 256
     x, age = np.ones((n_cells, 2), np.uint32), np.zeros(n_cells)
     paths = [write_store(tmp_path, f"{i:02}", x, np.full(n_cells, "run1"), age) for i in range(n_samples)]
-    split = Store(2, Validation(1e-12, "cell"))
+    split = Store(2, Validation(1e-12, "cell"), 0)
     for shard, name in enumerate(["train-0000", "train-0001"]):
         manifest = write_shard(paths, "train", shard, tmp_path / "shards" / f"{name}.zarr", seed=0, store=split)
         write_json(manifest, tmp_path / "shards" / f"{name}.json")

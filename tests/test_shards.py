@@ -18,8 +18,10 @@ from cohortvi.config import Store, Validation
 from cohortvi.files import read_json, write_json
 from cohortvi.store import shards
 from cohortvi.store.counts import write_counts
-from cohortvi.store.names import shard_names
+from cohortvi.store.loader import Loader
+from cohortvi.store.names import generations, shard_names, up_to
 from cohortvi.store.opening import open_counts
+from cohortvi.store.sharded import ShardedCounts
 from cohortvi.store.shards import assign_shard, assign_split, draw, held_out_values, write_shard
 
 GENES = [f"g{i}" for i in range(12)]
@@ -110,14 +112,51 @@ def test_whole_values_are_held_out_in_their_share_and_at_least_one():
 
 
 def test_shard_names_count_both_splits():
-    assert shard_names(Store(2, Validation(0.1, "cell"))) == ["train-0000", "train-0001", "validation-0000"]
-    assert sum(name.startswith("validation") for name in shard_names(Store(40, Validation(0.1, "cell")))) == 4
+    assert shard_names(Store(2, Validation(0.1, "cell"), 0)) == ["train-0000", "train-0001", "validation-0000"]
+    assert sum(name.startswith("validation") for name in shard_names(Store(40, Validation(0.1, "cell"), 0))) == 4
+
+
+def test_samples_that_came_later_have_shards_of_their_own_until_they_are_too_many():
+    store, came = Store(4, Validation(0.3, "cell"), 0.5), {"a": 0, "b": 0, "c": 3, "d": 0, "e": 0}
+    first, second = generations(store, came)
+    assert (first.samples, second.samples) == (("a", "b", "d", "e"), ("c",))
+    assert first.shards["train"] == ("train-0000", "train-0001", "train-0002", "train-0003")
+    assert (second.shards["train"], second.shards["validation"]) == (("train-0004",), ("validation-0001",))
+    assert up_to([first, second], "train-0003") == [first]
+    assert up_to([first, second], "validation-0001") == [first, second]
+    alone = generations(store, {name: 0 for name in "abde"})
+    assert alone == [first]  # what is known of the first does not depend on those that follow
+    (all_anew,) = generations(store, {**came, "b": 3, "d": 3})
+    assert all_anew.samples == tuple(came)
+    assert [*all_anew.shards["train"], *all_anew.shards["validation"]] == shard_names(store)
+    assert len(generations(Store(4, Validation(0.3, "cell"), 0), came)) == 1
+
+
+@pytest.mark.parametrize("by", ["cell", "sample", "donor"])
+def test_a_later_generation_keeps_what_was_decided_and_leaves_no_donor_on_both_sides(tmp_path, counts, by):
+    store, written = Store(1, Validation(0.4, by), 1), []
+    for number, members in enumerate((counts[:2], counts[2:])):
+        earlier = [path for path in written if path.stem.startswith("validation")]
+        for split in ("train", "validation"):
+            path = tmp_path / f"{split}-{number:04d}.json"
+            manifest = write_shard(members, split, 0, path.with_suffix(".zarr"), seed=0, store=store, earlier=earlier)
+            assert manifest["generation"] == number
+            write_json(manifest, path)
+            written.append(path)
+    sources, parts = read(counts), read(written)
+    pd.testing.assert_frame_equal(stack(parts).sort_index(), stack(sources).sort_index())
+    if by != "cell":
+        sides = pd.concat([part.obs.assign(split=path.stem[:5]) for part, path in zip(parts, written, strict=True)])
+        assert (sides.groupby(by, observed=True)["split"].nunique() == 1).all()
+    loader = Loader(ShardedCounts(written), batch_size=16, seed=0, columns=["batch", "sample"], copy=True)
+    rows = np.concatenate([minibatch.rows for minibatch in loader])
+    np.testing.assert_array_equal(np.sort(rows), np.arange(sum(part.n_obs for part in parts)))
 
 
 @pytest.mark.parametrize("by", ["cell", "sample", "donor"])
 @pytest.mark.parametrize("n", [1, 3])
 def test_every_cell_lies_in_one_shard_with_its_counts_and_obs(tmp_path, counts, by, n):
-    written = gather(counts, tmp_path, Store(n, Validation(0.3, by)), seed=2)
+    written = gather(counts, tmp_path, Store(n, Validation(0.3, by), 0), seed=2)
     sources, parts = read(counts), read(written)
     expected, found = stack(sources), stack(parts)
     pd.testing.assert_frame_equal(found.sort_index(), expected.sort_index())
@@ -140,7 +179,7 @@ def orders(paths: list[Path], sample: str) -> list[list[str]]:
 
 
 def test_places_depend_neither_on_other_samples_nor_on_removed_cells(tmp_path, counts):
-    store = Store(2, Validation(0.2, "cell"))
+    store = Store(2, Validation(0.2, "cell"), 0)
     whole = orders(gather(counts, tmp_path / "whole", store), "a")
     alone = orders(gather(counts[:1], tmp_path / "alone", store), "a")
     assert alone == whole
@@ -152,21 +191,21 @@ def test_places_depend_neither_on_other_samples_nor_on_removed_cells(tmp_path, c
 
 def test_cells_of_a_shard_lie_in_random_order(tmp_path):
     paths = [write_sample(tmp_path, sample, np.arange(200)) for sample in ("a", "b", "c", "d", "e")]
-    shard, _ = read(gather(paths, tmp_path / "shards", Store(1, NONE_HELD_OUT)))
+    shard, _ = read(gather(paths, tmp_path / "shards", Store(1, NONE_HELD_OUT, 0)))
     ordered = np.argsort([f"{name[0]}{int(name[2:]):03}" for name in shard.obs_names])
     # Of a random permutation of 1,000, rank correlation with the source has a standard deviation of 0.032.
     assert abs(np.corrcoef(ordered, np.arange(1_000))[0, 1]) < 0.13
 
 
 def test_a_shard_without_cells_is_valid(tmp_path, counts):
-    written = gather([counts[3]], tmp_path, Store(3, NONE_HELD_OUT))
+    written = gather([counts[3]], tmp_path, Store(3, NONE_HELD_OUT, 0))
     assert sorted(part.n_obs for part in read(written)) == [0, 0, 0, 1]
-    empty = gather([counts[2]], tmp_path / "empty", Store(1, Validation(0.5, "cell")))
+    empty = gather([counts[2]], tmp_path / "empty", Store(1, Validation(0.5, "cell"), 0))
     assert [part.shape for part in read(empty)] == [(0, 12)] * 2
 
 
 def test_manifests_of_shards_count_every_cell_of_every_sample_once(tmp_path, counts):
-    written = gather(counts, tmp_path, Store(2, Validation(0.2, "cell")))
+    written = gather(counts, tmp_path, Store(2, Validation(0.2, "cell"), 0))
     tally = Counter()
     for path in written:
         tally.update(read_json(path)["samples"])
@@ -174,7 +213,7 @@ def test_manifests_of_shards_count_every_cell_of_every_sample_once(tmp_path, cou
 
 
 def test_samples_of_different_genes_or_columns_are_refused(tmp_path, counts):
-    store = Store(1, NONE_HELD_OUT)
+    store = Store(1, NONE_HELD_OUT, 0)
     other = write_sample(tmp_path, "f", np.arange(5), genes=GENES[::-1])
     with pytest.raises(ValueError, match=r"different genes: .*f\.json"):
         write_shard([*counts, other], "train", 0, tmp_path / "s.zarr", seed=0, store=store)
@@ -182,7 +221,7 @@ def test_samples_of_different_genes_or_columns_are_refused(tmp_path, counts):
     with pytest.raises(ValueError, match=r"sample 'f' has .*'score'.* expected the same columns"):
         write_shard([*counts, other], "train", 0, tmp_path / "s.zarr", seed=0, store=store)
     with pytest.raises(ValueError, match=r"store\.validation\.by: 'site' has no value"):
-        write_shard(counts, "train", 0, tmp_path / "s.zarr", seed=0, store=Store(1, Validation(0.1, "site")))
+        write_shard(counts, "train", 0, tmp_path / "s.zarr", seed=0, store=Store(1, Validation(0.1, "site"), 0))
 
 
 def test_a_gather_that_is_interrupted_leaves_no_store(tmp_path, counts, monkeypatch):
@@ -197,14 +236,14 @@ def test_a_gather_that_is_interrupted_leaves_no_store(tmp_path, counts, monkeypa
     monkeypatch.setattr(shards, "take_rows", interrupt)
     monkeypatch.setattr(shards, "WRITE_CELLS", 50)
     with pytest.raises(KeyboardInterrupt):
-        write_shard(counts, "train", 0, tmp_path / "s.zarr", seed=0, store=Store(1, NONE_HELD_OUT))
+        write_shard(counts, "train", 0, tmp_path / "s.zarr", seed=0, store=Store(1, NONE_HELD_OUT, 0))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_shard_over_selected_genes_maps_those_of_every_sample(tmp_path, counts):
     other = write_sample(tmp_path, "f", np.arange(5), genes=GENES[::-1])
     selected = pd.DataFrame({"symbol": ["B", "A", "?"]}, index=["g7", "g2", "absent"])
-    store = Store(1, NONE_HELD_OUT)
+    store = Store(1, NONE_HELD_OUT, 0)
     facts = write_shard([*counts, other], "train", 0, tmp_path / "t.zarr", seed=0, store=store, genes=selected)
     (shard,) = read([tmp_path / "t.json"])
     assert facts["n_obs"] == shard.n_obs == sum(CELLS.values()) + 5
@@ -217,7 +256,7 @@ def test_a_shard_over_selected_genes_maps_those_of_every_sample(tmp_path, counts
 def test_only_stores_with_cells_are_read(tmp_path, counts):
     empty = write_sample(tmp_path, "z", np.arange(0))
     (tmp_path / "z.zarr").rename(tmp_path / "gone")
-    store = Store(1, NONE_HELD_OUT)
+    store = Store(1, NONE_HELD_OUT, 0)
     manifest = write_shard([*counts, empty], "train", 0, tmp_path / "s.zarr", seed=0, store=store)
     assert manifest["n_obs"] == sum(CELLS.values()) == sum(manifest["samples"].values())
     assert open_counts(counts[4]).manifest["dtype"] == manifest["dtype"] == "uint16"

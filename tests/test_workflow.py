@@ -7,7 +7,7 @@ import anndata as ad
 import pandas as pd
 import pytest
 import yaml
-from workflows import GATHER, planned, planned_samples, run, tiny_clone
+from workflows import GATHER, planned, planned_samples, run, tiny_clone, write_sheet
 
 pytestmark = pytest.mark.slow
 
@@ -179,3 +179,34 @@ def test_lint_and_a_report_by_snakemake(done):
     assert "Congratulations" in run(done, "--lint").stdout
     run(done, "--report", "snakemake-report.html")
     assert (done / "snakemake-report.html").stat().st_size > 100_000
+
+
+def test_samples_of_a_new_generation_leave_the_shards_that_are_there_alone(tmp_path):
+    clone = tiny_clone(tmp_path / "clone", n_samples=3)
+    names = [f"Gene{i:04d}" for i in range(1, 151)]
+    (clone / "frozen.txt").write_text("\n".join(names))
+    tiny = yaml.safe_load((clone / "tiny.yaml").read_text())
+    tiny["genes"] |= {"frozen": "frozen.txt"}
+    tiny["store"] |= {"reshuffle": 0.5}
+    (clone / "tiny.yaml").write_text(yaml.safe_dump(tiny))
+    raw = clone / "resources/demo/sample01.zarr"
+    run(clone, str(raw.relative_to(clone)))
+    (clone / "frozen.txt").write_text("\n".join(ad.read_zarr(raw).var_names[:150]))
+    run(clone)
+    shards = clone / "results/store/shards"
+    before = {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}
+    write_sheet(clone, 4)
+    sheet = pd.read_csv(clone / "config/samples.tsv", sep="\t").assign(generation=[0, 0, 0, 1])
+    sheet.to_csv(clone / "config/samples.tsv", sep="\t", index=False)
+    assert planned(clone)["shard"] == 2  # one to train and one to validate
+    run(clone)
+    after = {path.name: path.stat().st_mtime_ns for path in shards.iterdir()}
+    assert before.items() <= after.items()
+    assert {name.removesuffix(".json") for name in after.keys() - before.keys() if name.endswith(".json")} == {
+        "train-0002",
+        "validation-0001",
+    }
+    ledger = pd.read_csv(clone / "results/cohort/ledger.tsv", sep="\t").set_index("sample")
+    assert ledger.loc["sample04", "train"] > 0
+    assert json.loads((clone / "results/models/nb/model.json").read_text())["n_obs"] == ledger["train"].sum()
+    assert planned(clone) == {}

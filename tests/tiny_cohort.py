@@ -23,10 +23,11 @@ from cohortvi.files import write_json
 from cohortvi.inference.checkpoint import save_model
 from cohortvi.inference.train import fit
 from cohortvi.store.counts import write_counts
-from cohortvi.store.shards import shard_names, write_shard
+from cohortvi.store.names import shard_names
+from cohortvi.store.shards import write_shard
 
 N_VARS = 30
-STORE = Store(shards=2, validation=Validation(fraction=0.2, by="cell"))
+STORE = Store(shards=2, validation=Validation(fraction=0.2, by="cell"), reshuffle=0)
 MODEL = Model(
     likelihood="nb",
     dispersion="gene",

@@ -10,7 +10,7 @@ from cohortvi.cohort.simulate import sample_names
 from cohortvi.config import check
 from cohortvi.digest import code as code_digest
 from cohortvi.files import digest
-from cohortvi.store.names import shard_names
+from cohortvi.store.names import SPLITS, generations
 from snakemake.exceptions import WorkflowError
 
 # Snakemake puts the interpreter's path into shell commands as it is, which fails in a clone whose path holds a space.
@@ -42,7 +42,8 @@ SAMPLES = {sample.name: sample for sample in sheet}
 BATCHES = {name: file_name(sample.batch) for name, sample in SAMPLES.items()}
 MEMBERS = sections.by_batch(BATCHES)
 MODELS = sorted(CONFIG.models)
-SHARDS = shard_names(CONFIG.store)
+GENERATIONS = generations(CONFIG.store, {sample.name: sample.generation for sample in sheet})
+SHARDS = [name for split in SPLITS for generation in GENERATIONS for name in generation.shards[split]]
 
 
 wildcard_constraints:

@@ -82,6 +82,7 @@ class Validation:
 class Store:
     shards: int
     validation: Validation
+    reshuffle: float
 
 
 @dataclass(frozen=True)

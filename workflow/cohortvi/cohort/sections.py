@@ -30,6 +30,11 @@ def store_columns(sample: Sample, held_out_by: str) -> dict[str, str]:
     return {"batch": sample.batch, **held}
 
 
+def store_of(section: Mapping[str, Any], shards: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return the section `store` of the config for the shards of one generation, whatever others there are."""
+    return {**section, "shards": len(shards["train"]), "reshuffle": 0}
+
+
 def sheet_covariates(model: Model, samples: Sequence[Sample]) -> dict[str, dict[str, str]]:
     """Return the covariates of a model that the sheet holds: {column: {sample: value}}."""
     columns = [*model.categorical_covariates, *model.continuous_covariates]

@@ -13,7 +13,7 @@ from pathlib import Path
 import jsonschema
 
 REQUIRED = ("sample", "path")
-OPTIONAL = ("format", "layer", "select")
+OPTIONAL = ("format", "layer", "select", "generation")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Sample:
     select: tuple[tuple[str, str], ...]
     batch: str
     columns: dict[str, str]
+    generation: int = 0
 
     def source(self) -> dict[str, object]:
         """Return what names the counts of this sample, JSON-able: what a rule that reads them depends on."""
@@ -125,4 +126,5 @@ def _sample(row: dict[str, str], batch_key: Sequence[str]) -> Sample:
         select=tuple((key.strip(), value.strip()) for key, value in select),
         batch=_batch(row, batch_key),
         columns={key: value for key, value in row.items() if key not in REQUIRED + OPTIONAL},
+        generation=int(row.get("generation") or 0),
     )

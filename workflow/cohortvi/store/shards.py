@@ -19,7 +19,7 @@ from cohortvi.config import Store, Validation
 from cohortvi.store.counts import CountsReader
 from cohortvi.store.kernels import take_rows
 from cohortvi.store.layout import Rows, id_type, write_store
-from cohortvi.store.names import shard_names
+from cohortvi.store.names import n_shards
 from cohortvi.store.opening import open_counts, read_manifest
 
 DRAWS = 65_536  # draws made together
@@ -73,21 +73,30 @@ def assign_split(draws: np.ndarray, obs: pd.DataFrame, validation: Validation, h
     return obs[validation.by].astype(str).isin(held_out).to_numpy()
 
 
-def _held_out(readers: Sequence[CountsReader], seed: int, validation: Validation) -> set[str]:
+class _Held(NamedTuple):
+    """The values of a column by which cells are held out, and those of them that are."""
+
+    values: set[str]
+    held_out: set[str]
+
+
+def _held_out(readers: Sequence[CountsReader], seed: int, validation: Validation, earlier: Sequence[Path]) -> _Held:
+    """Decide on the values over the cells; those that an earlier generation has stay as they were decided there."""
     if validation.by == "cell" or any(validation.by not in reader.manifest["columns"] for reader in readers):
-        return set()  # by cell, or a fault that assign_split words
-    values = (value for reader in readers for value in reader.obs[validation.by].dropna().astype(str).unique())
-    return held_out_values(values, seed, validation.fraction)
+        return _Held(set(), set())  # by cell, or a fault that assign_split words
+    facts = [read_manifest(path)["held_out"] for path in earlier]
+    known = {value for fact in facts for value in fact["values"]}
+    values = {value for reader in readers for value in reader.obs[validation.by].dropna().astype(str).unique()}
+    decided = {value for fact in facts for value in fact["held_out"]}
+    new = values - known
+    # One new value alone is trained on: the earlier ones have some that are held out.
+    chosen = held_out_values(new, seed, validation.fraction) if len(new) > 1 or not known else set()
+    return _Held(values | known, decided | chosen)
 
 
 def assign_shard(draws: np.ndarray, n_shards: int) -> np.ndarray:
     """Return the shard of each cell, 0 to n_shards - 1, all equally likely."""
     return (draws & np.uint64(2**32 - 1)) * np.uint64(n_shards) >> np.uint64(32)
-
-
-def n_shards(split: str, store: Store) -> int:
-    """Return the number of shards of a split."""
-    return sum(name.startswith(split) for name in shard_names(store))
 
 
 class _Share(NamedTuple):
@@ -109,12 +118,15 @@ def write_shard(
     seed: int,
     store: Store,
     genes: pd.DataFrame | None = None,
+    earlier: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
     """Gather a shard's cells out of all counts stores, write them in the order of their draws, return the manifest.
 
-    `counts`: the manifests of all samples, in the same order for every shard. `genes`: the var of the shard, by whose
-    index genes are taken, absent ones counting 0; None: the stores' own, all the same. Memory: the shard's rows as
-    compact CSR, their obs, and READ_CELLS rows of one counts store. Errors: ValueError if genes or columns differ.
+    `counts`: the manifests of a generation's samples, in the same order for each of its shards, of which this is number
+    `shard`; `store.shards`: how many the generation has; `earlier`: a validation shard's manifest of each one before
+    it. `genes`: the var of the shard, by whose index genes are taken, absent ones counting 0; None: the stores'
+    own, all the same. Memory: the shard's rows as compact CSR, their obs, and READ_CELLS rows of one counts store.
+    Errors: ValueError if genes or columns differ.
     """
     manifests = {Path(name): read_manifest(name) for name in counts}
     if genes is None:
@@ -122,8 +134,8 @@ def write_shard(
     first = open_counts(next(iter(manifests)))
     var = first.var if genes is None else genes
     filled = [name for name, manifest in manifests.items() if manifest["n_obs"]]
-    held_out = _held_out([open_counts(name) for name in filled], seed, store.validation)
-    choose = partial(_chosen, split=split, shard=shard, store=store, held_out=held_out)
+    held = _held_out([open_counts(name) for name in filled], seed, store.validation, [Path(path) for path in earlier])
+    choose = partial(_chosen, split=split, shard=shard, store=store, held_out=held.held_out)
     shares = [_share(open_counts(name), seed, choose) for name in filled]
     obs = _join_obs(shares) if shares else first.obs
     draws = np.concatenate([np.empty(0, np.uint64), *(share.draws for share in shares)])
@@ -132,7 +144,9 @@ def write_shard(
     rows = _gather(shares, var.index, dtype)
     blocks = (Rows(*take_rows(*rows, order[i : i + WRITE_CELLS])) for i in range(0, len(order), WRITE_CELLS))
     samples = {share.sample: len(share.positions) for share in shares if len(share.positions)}
-    return write_store(blocks, obs.iloc[order], var, path, {"samples": samples, "split": split, "shard": shard})
+    facts = {"samples": samples, "split": split, "shard": shard, "generation": len(earlier)}
+    held_out = {name: sorted(values) for name, values in held._asdict().items()}
+    return write_store(blocks, obs.iloc[order], var, path, {**facts, "held_out": held_out})
 
 
 def check_genes(manifests: dict[Path, dict[str, Any]]) -> None:
