@@ -122,8 +122,8 @@ def test_samples_that_came_later_have_shards_of_their_own_until_they_are_too_man
     assert (first.samples, second.samples) == (("a", "b", "d", "e"), ("c",))
     assert first.shards["train"] == ("train-0000", "train-0001", "train-0002", "train-0003")
     assert (second.shards["train"], second.shards["validation"]) == (("train-0004",), ("validation-0001",))
-    assert up_to([first, second], "train-0003") == [first]
-    assert up_to([first, second], "validation-0001") == [first, second]
+    assert up_to([first, second], "train", "0003") == [first]
+    assert up_to([first, second], "validation", "0001") == [first, second]
     alone = generations(store, {name: 0 for name in "abde"})
     assert alone == [first]  # what is known of the first does not depend on those that follow
     (all_anew,) = generations(store, {**came, "b": 3, "d": 3})

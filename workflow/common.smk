@@ -10,7 +10,7 @@ from cohortvi.cohort.simulate import sample_names
 from cohortvi.config import check
 from cohortvi.digest import code as code_digest
 from cohortvi.files import digest
-from cohortvi.store.names import SPLITS, generations
+from cohortvi.store.names import SPLITS, generations, up_to
 from snakemake.exceptions import WorkflowError
 
 # Snakemake puts the interpreter's path into shell commands as it is, which fails in a clone whose path holds a space.

@@ -1,10 +1,4 @@
 # How the counts lie on disk: all genes of the kept cells by sample, and the selected genes shuffled over the cohort.
-from cohortvi.store.names import up_to
-
-
-def generations_to(wildcards):
-    """Return the generations up to that of a shard."""
-    return up_to(GENERATIONS, f"{wildcards.split}-{wildcards.shard}")
 
 
 rule extract:
@@ -37,13 +31,14 @@ rule extract:
 rule shard:
     input:
         counts=lambda wildcards: expand(
-            "results/store/counts/{sample}.json", sample=generations_to(wildcards)[-1].samples
+            "results/store/counts/{sample}.json",
+            sample=up_to(GENERATIONS, wildcards.split, wildcards.shard)[-1].samples,
         ),
         # With a frozen list new samples don't change the genes, and what was shuffled before stays as it is.
         genes=ancient("results/cohort/genes.parquet") if CONFIG.genes.frozen else "results/cohort/genes.parquet",
         earlier=lambda wildcards: [
             f"results/store/shards/{earlier.shards['validation'][0]}.json"
-            for earlier in generations_to(wildcards)[:-1]
+            for earlier in up_to(GENERATIONS, wildcards.split, wildcards.shard)[:-1]
         ],
     output:
         manifest="results/store/shards/{split}-{shard}.json",
@@ -59,8 +54,10 @@ rule shard:
         mem_mb=memory(1500),
         runtime=minutes(30),
     params:
-        config=lambda wildcards: sections.store_of(config["store"], generations_to(wildcards)[-1].shards),
-        number=lambda wildcards: generations_to(wildcards)[-1]
+        config=lambda wildcards: sections.store_of(
+            config["store"], up_to(GENERATIONS, wildcards.split, wildcards.shard)[-1].shards
+        ),
+        number=lambda wildcards: up_to(GENERATIONS, wildcards.split, wildcards.shard)[-1]
         .shards[wildcards.split]
         .index(f"{wildcards.split}-{wildcards.shard}"),
         frozen=digest(Path(CONFIG.genes.frozen).read_bytes()) if CONFIG.genes.frozen else None,

@@ -182,6 +182,8 @@ def table_digest(table: pd.DataFrame) -> str:
 def repair(path: str | Path) -> str:
     """Return what to do about a damaged store; `path`: its own or its manifest's."""
     place = str(path).removesuffix(".zarr").removesuffix(".json")
+    if "://" in place:
+        return f"copy {place}.zarr and {place}.json there again, from where they were made"
     store, manifest = (shlex.quote(f"{place}{end}") for end in (".zarr", ".json"))
     return f"run the workflow again without it (rm -rf {store} {manifest}; {RUN} {manifest})"
 

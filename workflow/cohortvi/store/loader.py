@@ -22,7 +22,7 @@ from cohortvi.store.sharded import ShardedCounts
 from cohortvi.store.windows import Memories, Source, Window, Windows
 
 THREAD_NAME = "cohortvi-loader"
-REMOTE_READERS = 32  # requests under way at once to stores behind URLs, which answer late
+REMOTE_READERS = 64  # requests under way at once to stores behind URLs, which answer late
 GROUP_CELLS = 1_024  # cells laid out by one task: small minibatches are made several at a time
 
 

@@ -45,9 +45,9 @@ def generations(store: Store, came: Mapping[str, int]) -> list[Generation]:
     return made
 
 
-def up_to(made: list[Generation], name: str) -> list[Generation]:
+def up_to(made: list[Generation], split: str, shard: str) -> list[Generation]:
     """Return the generations up to the one that a shard belongs to."""
-    holds = [any(name in names for names in generation.shards.values()) for generation in made]
+    holds = [f"{split}-{shard}" in generation.shards[split] for generation in made]
     return made[: holds.index(True) + 1]
 
 

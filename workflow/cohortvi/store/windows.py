@@ -74,21 +74,22 @@ class Window:
     def __init__(self, source: Source, plan: Epoch, index: int, pool: ThreadPoolExecutor):
         self.source, self.plan, self.index, self.pool = source, plan, index, pool
         self.blocks = plan.blocks_of(index).tolist()
-        self.opened = pool.submit(self._row_ends)
+        at_once = 1 if source.store.is_remote else len(self.blocks)  # requests behind a URL take long, not much
+        starts = range(0, len(self.blocks), at_once) if source.is_whole else ()
+        self.opened = [pool.submit(self._row_ends, self.blocks[start : start + at_once]) for start in starts]
         self.ends: list[np.ndarray] = []
         self.memory: Memory | None = None
         self.parts: list[Future[Part]] = []
         self.lock, self.is_ready = Lock(), False
 
-    def _row_ends(self) -> list[np.ndarray]:
-        if not self.source.is_whole:
-            return []
-        return [self.source.store.stores[shard].ends(start, stop) for shard, start, stop in self.blocks]
+    def _row_ends(self, blocks: list[list[int]]) -> list[np.ndarray]:
+        return [self.source.store.stores[shard].ends(start, stop) for shard, start, stop in blocks]
 
     def read(self, memory: "Memories", share: float = 1.0) -> None:
         """Have at least this share of the blocks read."""
         if self.source.is_whole and self.memory is None:
-            self.ends, self.memory = self.opened.result(), memory.take()
+            self.ends = [ends for part in self.opened for ends in part.result()]
+            self.memory = memory.take()
             self.first = np.cumsum([0, *(ends[-1] - ends[0] for ends in self.ends)]).tolist()
             lengths = [np.diff(ends) for ends in self.ends]
             indptr = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
@@ -157,14 +158,16 @@ class Windows:
     def read_ahead(self, piece: Piece) -> None:
         """Have as much of the next window read as of this one is asked for with `piece`: reading comes evenly.
 
-        Not before the window that came before this one has given its memory back: two are enough.
+        Not before the window that came before this one has given its memory back: two are enough. Of stores behind
+        URLs all of it is asked for at once, and early, since answers come late.
         """
-        if min(self.open) < piece.window:
+        is_remote = self.source.store.is_remote
+        if min(self.open) < piece.window and not is_remote:
             return
         if (window := self._opened(piece.window + 1)) is not None:
             size = self.plan.window_ends[piece.window + 1] - self.plan.window_ends[piece.window]
-            window.read(self.memories, 1.0 if self.source.store.is_remote else piece.stop / size)
-            if piece.stop * 2 > size:
+            window.read(self.memories, 1.0 if is_remote else piece.stop / size)
+            if is_remote or piece.stop * 2 > size:
                 self._opened(piece.window + 2)
 
     def release_before(self, index: int) -> None:
