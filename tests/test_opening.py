@@ -73,7 +73,7 @@ def check(store: ShardedCounts, expected: np.ndarray, output: str = "dense", thr
     """Compare an epoch with dense counts, cell by cell, and see each cell once."""
     served = []
     for x_ng, _, rows in keeping(store, batch_size=32, seed=0, output=output, threads=threads):
-        found = x_ng if torch.is_tensor(x_ng) else sp.csr_matrix((x_ng.data, x_ng.indices, x_ng.indptr)).toarray()
+        found = x_ng
         if not torch.is_tensor(x_ng):
             arrays = (x_ng.data.numpy(), x_ng.indices.numpy().astype(int), x_ng.indptr.numpy())
             found = sp.csr_matrix(arrays, (len(rows), x_ng.n_vars)).toarray()
