@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 from loader_peers import PEERS
 from loader_quality import quality
 
+SAMPLE_SECONDS = 0.2  # looking is not free
 WARM_UP = 8  # minibatches at least, until all memory was touched once, which can take longer than filling it
 
 
@@ -83,6 +85,38 @@ class Memory:
     def peak(self) -> float:
         """Return the largest amount since the beginning."""
         return _status("VmHWM") - self.first
+
+
+class FamilyMemory:
+    """Memory of this process and its children above what it held at the beginning; in MB. Shared pages count once."""
+
+    def __init__(self) -> None:
+        self.ended, self.first = Event(), self._held()
+        self.most = self.first
+        self.watcher = Thread(target=self._watch)
+        self.watcher.start()
+
+    def _watch(self) -> None:
+        while not self.ended.wait(SAMPLE_SECONDS):
+            self.most = max(self.most, self._held())
+
+    def _held(self) -> float:
+        found = 0
+        for status in Path("/proc").glob("[0-9]*/status"):
+            try:
+                of_process = dict(line.split(":", 1) for line in status.read_text().splitlines())
+                if os.getpid() in (int(of_process["Pid"]), int(of_process["PPid"])):
+                    lines = status.with_name("smaps_rollup").read_text().splitlines()
+                    found += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+            except (OSError, StopIteration):  # it has just ended
+                continue
+        return found * 1024 / 1e6
+
+    def peak(self) -> float:
+        """Return the largest amount that was seen since the beginning; end watching."""
+        self.ended.set()
+        self.watcher.join()
+        return self.most - self.first
 
 
 def _status(field: str) -> float:
@@ -177,15 +211,15 @@ def cold(job: dict[str, Any]) -> dict[str, Any]:
 def write(job: dict[str, Any]) -> dict[str, Any]:
     """Make a loader's store out of an h5ad, in the page cache."""
     read_through(job["h5ad"])
-    memory, start, cpu = Memory(), time.perf_counter(), time.process_time()
+    memory, start, before = FamilyMemory(), time.perf_counter(), os.times()
     path = PEERS[job["loader"]].write(job["h5ad"], job["folder"])
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    seconds, after = time.perf_counter() - start, os.times()
     found = files(path)
     counts = megabytes([file for file in found if "X" in file.relative_to(path).parts])
     return {
         "path": path,
         "seconds": seconds,
-        "cpu_s": cpu,
+        "cpu_s": sum(after[:4]) - sum(before[:4]),  # children included
         "peak_mb": memory.peak(),
         "mb": megabytes(found),
         "counts_mb": counts,

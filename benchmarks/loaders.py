@@ -1,17 +1,20 @@
 """The loader as a plug-in for benchmarks: `prepare` writes an h5ad as shards, `epoch` yields minibatches of them.
 
-The cells are written as the workflow writes a sample: once in order as a counts store, then shuffled into shards. One
+The cells are written as the workflow writes samples, which here are equal parts of the file: once in order as counts
+stores, then shuffled into shards, each by a process, as many at a time as there are cores. One
 loader per store, batch size and output is kept open. Dense minibatches are float32, sparse ones int32 and float32, or
 both in the store's small types; they lie in memory that the next one overwrites.
 """
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import scipy.sparse as sp
 
@@ -22,28 +25,38 @@ from cohortvi.store.loader import Loader
 from cohortvi.store.sharded import ShardedCounts
 from cohortvi.store.shards import write_shard
 
-CHUNK_CELLS = 2048
+CHUNK_CELLS = 8_192
 CELLS_A_SHARD = 250_000
 
 
 def prepare(h5ad: str, folder: str) -> str:
     """Write the counts of an h5ad as shards; return their folder."""
-    backed = ad.read_h5ad(h5ad, backed="r")
-    counts, n_obs = Path(folder) / "counts.json", backed.n_obs
+    with h5py.File(h5ad) as file:
+        n_obs = len(file["X/indptr"]) - 1
+    cores = len(os.sched_getaffinity(0))
+    bounds = np.linspace(0, n_obs, min(cores, n_obs) + 1, dtype=int).tolist()
+    counts = [Path(folder) / f"counts-{start}.json" for start in bounds[:-1]]
+    split = Store(max(len(counts), n_obs // CELLS_A_SHARD), Validation(1e-12, "cell"), 0)
+    shards = Path(folder) / "shards"
+    with ProcessPoolExecutor(cores, get_context("fork")) as pool:  # forked: what is imported need not be again
+        list(pool.map(partial(_extract, h5ad), bounds[:-1], bounds[1:], counts))
+        list(pool.map(partial(_gather, counts, split, shards), range(split.shards)))
+    return str(shards)
+
+
+def _extract(h5ad: str, start: int, stop: int, path: Path) -> None:
+    backed, rows = ad.read_h5ad(h5ad, backed="r"), np.arange(start, stop)
     blocks = (
-        sp.csr_matrix(backed.X[start : start + CHUNK_CELLS], dtype=np.uint32) for start in range(0, n_obs, CHUNK_CELLS)
+        sp.csr_matrix(backed.X[part[0] : part[-1] + 1], dtype=np.uint32)
+        for part in np.array_split(rows, -(-len(rows) // CHUNK_CELLS))
     )
-    obs = backed.obs[[]].assign(row=np.arange(n_obs), sample="all")
-    write_json(write_counts(blocks, obs, backed.var[[]], counts.with_suffix(".zarr"), sample="all"), counts)
-    split = Store(max(1, n_obs // CELLS_A_SHARD), Validation(1e-12, "cell"), 0)
+    obs = backed.obs[[]].iloc[rows].assign(row=rows, sample=path.stem)
+    write_json(write_counts(blocks, obs, backed.var[[]], path.with_suffix(".zarr"), sample=path.stem), path)
 
-    def write(shard: int) -> None:
-        path = Path(folder) / "shards" / f"train-{shard:04d}.json"
-        write_json(write_shard([counts], "train", shard, path.with_suffix(".zarr"), seed=0, store=split), path)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # as the jobs of the workflow, side by side
-        list(pool.map(write, range(split.shards)))
-    return str(Path(folder) / "shards")
+def _gather(counts: list[Path], split: Store, folder: Path, shard: int) -> None:
+    path = folder / f"train-{shard:04d}.json"
+    write_json(write_shard(counts, "train", shard, path.with_suffix(".zarr"), seed=0, store=split), path)
 
 
 @cache

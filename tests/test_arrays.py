@@ -18,7 +18,7 @@ from cohortvi.store.array_writer import ArrayWriter
 from cohortvi.store.arrays import ArrayReader
 from cohortvi.store.codec import Codec
 
-CODECS = [Codec(), Codec(delta=True), Codec(matches=False), Codec(delta=True, matches=False)]
+CODECS = [Codec(), Codec(delta=True)]
 
 
 @contextmanager

@@ -43,6 +43,12 @@ class Batches:
         self.is_dense = output in ("dense", "counts")
         self.free: list[dict[str, torch.Tensor]] = []
 
+    def bytes_of(self, n_entries: float) -> int:
+        """Return the bytes of a cell with so many entries, at least 1."""
+        if self.is_dense:
+            return max(1, self.n_vars * self.count_type.itemsize)
+        return max(1, round(n_entries * (self.id_type.itemsize + self.count_type.itemsize)))
+
     def take(self) -> dict[str, torch.Tensor]:
         """Return memory for a group of minibatches; give it back by `release` when they are no longer looked at."""
         return self.free.pop() if self.free else {}
@@ -90,6 +96,6 @@ class Batches:
 def _room(memory: dict[str, Any], name: str, size: int, dtype: np.dtype) -> torch.Tensor:
     """Return the first `size` values of a tensor of the memory, made larger if need be; pinned where there is a GPU."""
     if name not in memory or len(memory[name]) < size:
-        kind = torch.from_numpy(np.empty(0, dtype)).dtype
-        memory[name] = torch.empty(size + size // 32, dtype=kind, pin_memory=torch.cuda.is_available())
+        room = torch.from_numpy(np.empty(size + size // 32, dtype))  # by numpy: in huge pages
+        memory[name] = room.pin_memory() if torch.cuda.is_available() else room
     return memory[name][:size]

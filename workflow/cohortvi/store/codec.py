@@ -1,7 +1,8 @@
 """How the values of a chunk become bytes: differences, Blosc's byte shuffle, zstd; any reader of zarr takes them back.
 
 Blosc's own call of zstd finds short matches in what are random draws from few values, which costs bytes and time. So
-the chunk is put together here, of one zstd frame with parameters of our own; docs/store.md has what that gains.
+the chunk is put together here, of a zstd frame for the lowest byte of all values, which is coded byte by byte, and one
+for the higher bytes, where matches are looked for: zeros but for few. docs/store.md has what that gains.
 """
 
 import ctypes
@@ -28,7 +29,6 @@ class Codec(NamedTuple):
     """How the values of an array lie in chunks of so many."""
 
     delta: bool = False  # as differences, the first of a chunk from 0
-    matches: bool = True  # repetitions are looked for; else values are coded one by one
     chunk: int = 32_768
 
     def filters(self, dtype: np.dtype) -> list[Delta] | None:
@@ -78,19 +78,27 @@ def encode(values: np.ndarray, codec: Codec) -> bytes:
         return blosc.compress(values, b"zstd", 1, blosc.SHUFFLE if values.itemsize > 1 else blosc.NOSHUFFLE)
     planes = np.empty(values.nbytes, np.uint8)
     _split_planes(values.view(f"u{values.itemsize}"), planes, codec.delta)
-    size, library = values.nbytes, native.LIBRARY
-    bound = library.ZSTD_compressBound(ctypes.c_size_t(size))
-    chunk = np.empty(BLOCK + bound, np.uint8)
-    target, source = ctypes.c_void_p(chunk.ctypes.data + BLOCK), ctypes.c_void_p(planes.ctypes.data)
-    context = _CONTEXTS.get(codec.matches)
-    length = library.ZSTD_compress2(context, target, ctypes.c_size_t(bound), source, ctypes.c_size_t(size))
-    if length >= size:  # or an error: Blosc takes a block of its full size for one that is not compressed
-        length, chunk = size, np.empty(BLOCK + size, np.uint8)
-        chunk[BLOCK:] = planes
-    flags = ZSTD | WHOLE | (SHUFFLED if values.itemsize > 1 else 0)
-    chunk[:4] = 2, 1, flags, values.itemsize
-    chunk[4:BLOCK].view("<u4")[:] = size, size, BLOCK + length, HEADER + 4, length
-    return chunk[: BLOCK + length].tobytes()
+    frames = _frame(planes[: len(values)], matches=False) + _frame(planes[len(values) :], matches=True)
+    if len(frames) >= len(planes):  # Blosc takes a block of its full size for one that is not compressed
+        frames = planes.tobytes()
+    head = np.empty(BLOCK, np.uint8)
+    head[:4] = 2, 1, ZSTD | WHOLE | (SHUFFLED if values.itemsize > 1 else 0), values.itemsize
+    head[4:].view("<u4")[:] = len(planes), len(planes), BLOCK + len(frames), HEADER + 4, len(frames)
+    return head.tobytes() + frames
+
+
+def _frame(data: np.ndarray, *, matches: bool) -> bytes:
+    """Return bytes as a zstd frame; none for none."""
+    if not len(data):
+        return b""
+    library, size = native.LIBRARY, ctypes.c_size_t(len(data))
+    bound = library.ZSTD_compressBound(size)
+    frame = np.empty(bound, np.uint8)
+    target, source = ctypes.c_void_p(frame.ctypes.data), ctypes.c_void_p(data.ctypes.data)
+    length = library.ZSTD_compress2(_CONTEXTS.get(matches), target, ctypes.c_size_t(bound), source, size)
+    if length > bound:
+        raise RuntimeError(f"zstd: error {2**64 - length} where {len(data)} bytes were to be compressed")
+    return frame[:length].tobytes()
 
 
 def decode(data: bytes, dtype: np.dtype, codec: Codec) -> np.ndarray:

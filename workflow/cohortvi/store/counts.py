@@ -18,7 +18,7 @@ import zarr
 
 from cohortvi.files import digest
 from cohortvi.store.arrays import ArrayReader, arrays_of
-from cohortvi.store.kernels import map_genes
+from cohortvi.store.kernels import map_genes, rise
 from cohortvi.store.layout import MAX_COUNT, PLAIN, Rows, id_type, quiet, repair, table_digest, write_store, write_x
 
 REWRITE = "write it again with the program that made it"  # stores of others
@@ -185,7 +185,7 @@ class CountsReader:
         """Return where rows start:stop begin and end among the store's entries, int64 (stop - start + 1,)."""
         with self._reading(f"cells {start} to {stop}"):
             ends = self.indptr.read(start, stop + 1)
-            if ends[0] < 0 or ends[-1] > self.manifest["nnz"] or (np.diff(ends) < 0).any():
+            if not rise(ends, self.manifest["nnz"]):
                 raise ValueError("row ends do not rise")
         return ends
 

@@ -71,6 +71,15 @@ def first_bad_row(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, n_v
     return -1
 
 
+@numba.njit(nogil=True, cache=True)
+def rise(ends: np.ndarray, last: int) -> bool:
+    """Say whether row ends, of one row at least, are in order from 0 to `last`."""
+    is_bad = ends[0] < 0 or ends[-1] > last
+    for k in range(len(ends) - 1):
+        is_bad |= ends[k] > ends[k + 1]
+    return not is_bad
+
+
 # Unsigned numbers below: an index that may be negative costs a comparison and keeps the loop from being vectorised.
 
 

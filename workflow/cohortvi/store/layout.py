@@ -39,10 +39,10 @@ class Codecs(NamedTuple):
     indptr: Codec
 
 
-# docs/store.md has what was tried. Neighbouring ids repeat one another, counts are draws from few values.
-COMPACT = Codecs(Codec(delta=True), Codec(matches=False), Codec(delta=True, chunk=2_048))
+# docs/store.md has what was tried.
+COMPACT = Codecs(Codec(delta=True), Codec(), Codec(delta=True, chunk=2_048))
 # Known to every reader: no differences.
-PLAIN = Codecs(Codec(), Codec(matches=False), Codec())
+PLAIN = Codecs(Codec(), Codec(), Codec())
 
 
 class Rows(NamedTuple):

@@ -23,7 +23,8 @@ from cohortvi.store.windows import Memories, Source, Window, Windows
 
 THREAD_NAME = "cohortvi-loader"
 REMOTE_READERS = 64  # requests under way at once to stores behind URLs, which answer late
-GROUP_CELLS = 1_024  # cells laid out by one task: small minibatches are made several at a time
+# Minibatches are laid out several at a time, as many as a cache holds: each task has to wait for its turn in Python.
+GROUP_BYTES, GROUP_CELLS = 2**23, 4_096
 
 
 class Minibatch(NamedTuple):
@@ -76,6 +77,8 @@ class Loader:
         self.batches = Batches(output, store.n_vars, store.id_type, store.count_type)
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world, self.threads = rank, world, threads
+        cells = min(GROUP_CELLS, GROUP_BYTES // self.batches.bytes_of(store.n_entries / max(store.n_obs, 1)))
+        self.group = max(1, cells * world // batch_size)  # minibatches
         self.drawn = {"where": where, "balance": balance, "weights": weights}
         sampling = Sampling(store, **self.drawn) if any(self.drawn.values()) else None
         self.source, self.memories = Source(store, self.columns, sampling), Memories(store)
@@ -111,7 +114,7 @@ class Loader:
         groups, running = self._groups(plan), deque()
         group = next(groups, None)
         while group or running:
-            while group and len(running) <= self.threads:
+            while group and len(running) < max(2, self.threads):
                 running.append(self._submit(group, windows, pool))
                 group = next(groups, None)
             first_window, memory, made = running.popleft()
@@ -121,10 +124,9 @@ class Loader:
             windows.release_before(first_window)
 
     def _groups(self, plan: Epoch) -> Iterator[list[list[Piece]]]:
-        """Yield the pieces of as many consecutive steps as have GROUP_CELLS cells."""
-        size = max(1, GROUP_CELLS * self.world // self.batch_size)
-        for first in range(self.step, plan.n_steps, size):
-            steps = range(first, min(first + size, plan.n_steps))
+        """Yield the pieces of the steps that are laid out together."""
+        for first in range(self.step, plan.n_steps, self.group):
+            steps = range(first, min(first + self.group, plan.n_steps))
             yield [plan.pieces(step, self.rank, self.world) for step in steps]
 
     def _submit(
@@ -132,10 +134,11 @@ class Loader:
     ) -> tuple[int, Any, Future[list[Minibatch]]]:
         pieces = [piece for step in group for piece in step]
         needed = {piece.window: windows.get(piece.window) for piece in pieces}
+        memory = self.batches.take()
+        made = pool.submit(self._lay_out, group, needed, memory)
         if pieces:
             windows.read_ahead(pieces[-1])
-        memory = self.batches.take()
-        return min(needed, default=0), memory, pool.submit(self._lay_out, group, needed, memory)
+        return min(needed, default=0), memory, made
 
     def _lay_out(self, group: list[list[Piece]], windows: dict[int, Window], memory: Any) -> list[Minibatch]:
         for window in windows.values():

@@ -21,6 +21,7 @@ CRC_BYTES = 4
 ABSENT = np.uint64(2**64 - 1)  # offset of a chunk that holds zeros alone and is not stored
 OK, BAD_CRC, BAD_BLOSC, BAD_READ = range(4)
 NOTHING, VALUES, PLANES = range(3)
+LANES = 16  # values summed up at once
 
 # A Blosc chunk: version, version of the format, flags, bytes a value; then, as four bytes each, the least first, its
 # size decoded, that of its blocks, and as it lies. What store/codec.py writes has one block, not split by bytes:
@@ -99,7 +100,7 @@ def _number(raw: np.ndarray, at: int) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def _is_ours(raw: np.ndarray, offset: int, length: int, itemsize: int, size: int) -> bool:
-    """Say whether a Blosc chunk is one zstd frame, as store/codec.py writes it."""
+    """Say whether a Blosc chunk is one block of zstd frames, as store/codec.py writes it."""
     flags = ZSTD | WHOLE | (SHUFFLED if itemsize > 1 else 0)
     if length < BLOCK or raw[offset + np.uint64(2)] != flags or raw[offset + np.uint64(3)] != itemsize:
         return False
@@ -153,6 +154,54 @@ def _sum_planes(planes: np.ndarray, n: int, itemsize: int) -> int:
             part += value
         total += part << np.uint64(8 * b)
     return total
+
+
+@intrinsic
+def _sum_lanes(typingctx: Any, planes: Any, low: Any, high: Any, out: Any, at: Any, total: Any) -> tuple:
+    """Write the running sum of LANES differences, begun at `total`, to out[at] and on; return the last one.
+
+    The bytes of the differences are planes[low] and planes[high] and on. One after the other, sums wait for each other:
+    here all lanes add what lies 1, 2, 4 ... lanes before them (Hillis & Steele 1986, Data parallel algorithms).
+    """
+    wide, narrow = (ir.VectorType(ir.IntType(bits), LANES) for bits in (16, 8))
+    number = ir.IntType(32)
+
+    def lanes(indices: Any) -> ir.Constant:
+        return ir.Constant(ir.VectorType(number, LANES), list(indices))
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        planes, low, high, out, at, total = arguments
+        source = context.make_array(signature.args[0])(context, builder, planes).data
+        target = context.make_array(signature.args[3])(context, builder, out).data
+
+        def plane(begin: Any) -> Any:
+            place = builder.bitcast(builder.gep(source, [begin]), narrow.as_pointer())
+            return builder.zext(builder.load(place, align=1), wide)
+
+        zeros = ir.Constant(wide, [0] * LANES)
+        values = builder.or_(plane(low), builder.shl(plane(high), ir.Constant(wide, [8] * LANES)))
+        step = 1
+        while step < LANES:
+            before = lanes(k - step if k >= step else LANES for k in range(LANES))
+            values, step = builder.add(values, builder.shuffle_vector(values, zeros, before)), 2 * step
+        begun = builder.insert_element(zeros, total, number(0))
+        values = builder.add(values, builder.shuffle_vector(begun, zeros, lanes([0] * LANES)))
+        builder.store(values, builder.bitcast(builder.gep(target, [at]), wide.as_pointer()), align=2)
+        return builder.extract_element(values, number(LANES - 1))
+
+    return types.uint16(planes, types.uint64, types.uint64, out, types.uint64, types.uint16), generate
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_pairs(planes: np.ndarray, first: int, out: np.ndarray, total: int) -> None:
+    """Write the running sum of two-byte differences from number `first` on, begun at `total`, into `out`."""
+    size, start, n = np.uint64(len(planes) // 2), np.uint64(first), np.uint64(len(out))
+    last, whole = np.uint16(total), n - n % np.uint64(LANES)
+    for k in range(np.uint64(0), whole, np.uint64(LANES)):
+        last = _sum_lanes(planes, start + k, size + start + k, out, k, last)
+    for k in range(whole, n):
+        last = np.uint16(last + (np.uint16(planes[start + k]) | np.uint16(planes[size + start + k]) << np.uint16(8)))
+        out[k] = last
 
 
 @numba.njit(nogil=True, cache=True)
@@ -241,7 +290,9 @@ def decode_chunks(  # noqa: PLR0913 (called once, from ArrayReader)
         found = _unpack(raw, offset, length, room, out.itemsize, context)
         if found == NOTHING:
             return chunk, BAD_BLOSC
-        if found == PLANES:
+        if found == PLANES and delta and out.itemsize == 2:
+            _sum_pairs(room, first, part, _sum_planes(room, first, out.itemsize))
+        elif found == PLANES:
             _join_planes(room, first, part)
             if delta:
                 _run_on(part, _sum_planes(room, first, out.itemsize))

@@ -53,6 +53,7 @@ class ShardedCounts:
         self.generations = [store.manifest.get("generation", 0) for store in self.stores]
         self.first_rows = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         self.n_obs, self.n_vars = int(self.first_rows[-1]), self.stores[0].n_vars
+        self.n_entries = sum(store.manifest["nnz"] for store in self.stores)  # of all genes that they have
         self.var_names = self.stores[0].var_names
         self.id_type = np.dtype(id_type(self.n_vars))
         self.count_type = np.result_type(*(store.count_type for store in self.stores))

@@ -17,6 +17,9 @@ from cohortvi.store.plan import Epoch, Piece
 from cohortvi.store.sampling import Sampling
 from cohortvi.store.sharded import ShardedCounts
 
+TASK_BLOCKS = 2  # read by one task: each has to wait for its turn in Python
+LEAD = 0.25  # of a window, read earlier than evenly: threads have work while minibatches are taken
+
 
 class Memory:
     """Room for the entries of a window, which grows to what the largest one needs."""
@@ -74,12 +77,14 @@ class Window:
     def __init__(self, source: Source, plan: Epoch, index: int, pool: ThreadPoolExecutor):
         self.source, self.plan, self.index, self.pool = source, plan, index, pool
         self.blocks = plan.blocks_of(index).tolist()
-        at_once = 1 if source.store.is_remote else len(self.blocks)  # requests behind a URL take long, not much
-        starts = range(0, len(self.blocks), at_once) if source.is_whole else ()
-        self.opened = [pool.submit(self._row_ends, self.blocks[start : start + at_once]) for start in starts]
+        # Requests behind a URL take long, not much: one a task.
+        ends_at_once, self.at_once = (1, 1) if source.store.is_remote else (len(self.blocks), TASK_BLOCKS)
+        starts = range(0, len(self.blocks), ends_at_once) if source.is_whole else ()
+        self.opened = [pool.submit(self._row_ends, self.blocks[start : start + ends_at_once]) for start in starts]
+        self.ordered = pool.submit(plan.order, index) if source.sampling is None else None
         self.ends: list[np.ndarray] = []
         self.memory: Memory | None = None
-        self.parts: list[Future[Part]] = []
+        self.tasks: list[Future[list[Part]]] = []
         self.lock, self.is_ready = Lock(), False
 
     def _row_ends(self, blocks: list[list[int]]) -> list[np.ndarray]:
@@ -94,8 +99,9 @@ class Window:
             lengths = [np.diff(ends) for ends in self.ends]
             indptr = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
             self.rows = Rows(indptr, *self.memory.take(self.first[-1]))
-        while len(self.parts) < share * len(self.blocks):
-            self.parts.append(self.pool.submit(self._read_block, len(self.parts)))
+        while (first := len(self.tasks) * self.at_once) < share * len(self.blocks):
+            blocks = range(first, min(first + self.at_once, len(self.blocks)))
+            self.tasks.append(self.pool.submit(lambda of_task: [self._read_block(k) for k in of_task], blocks))
 
     def _read_block(self, index: int) -> Part:
         shard, start, stop = self.blocks[index]
@@ -110,13 +116,16 @@ class Window:
         with self.lock:
             if self.is_ready:
                 return
-            parts = [part.result() for part in self.parts]
+            parts = [part for task in self.tasks for part in task.result()]
             self.columns = [np.concatenate(values) for values in zip(*(part.columns for part in parts), strict=True)]
             self.numbers = np.concatenate([part.numbers for part in parts])
             if self.memory is None:
                 self.rows = _joined([part.rows for part in parts])
-            weights = None if self.source.sampling is None else np.concatenate([part.weights for part in parts])
-            self.order, self.is_ready = self.plan.order(self.index, weights), True
+            if self.ordered:
+                self.order = self.ordered.result()
+            else:
+                self.order = self.plan.order(self.index, np.concatenate([part.weights for part in parts]))
+            self.is_ready = True
 
 
 def _joined(parts: list[Rows]) -> Rows:
@@ -156,7 +165,7 @@ class Windows:
         return window
 
     def read_ahead(self, piece: Piece) -> None:
-        """Have as much of the next window read as of this one is asked for with `piece`: reading comes evenly.
+        """Have as much of the next window read as of this one is asked for with `piece`, and a bit: reading comes evenly.
 
         Not before the window that came before this one has given its memory back: two are enough. Of stores behind
         URLs all of it is asked for at once, and early, since answers come late.
@@ -166,7 +175,7 @@ class Windows:
             return
         if (window := self._opened(piece.window + 1)) is not None:
             size = self.plan.window_ends[piece.window + 1] - self.plan.window_ends[piece.window]
-            window.read(self.memories, 1.0 if is_remote else piece.stop / size)
+            window.read(self.memories, 1.0 if is_remote else min(1.0, piece.stop / size + LEAD))
             if is_remote or piece.stop * 2 > size:
                 self._opened(piece.window + 2)
 
