@@ -165,10 +165,10 @@ class Windows:
         return window
 
     def read_ahead(self, piece: Piece) -> None:
-        """Have as much of the next window read as of this one is asked for with `piece`, and a bit: reading comes evenly.
+        """Have as much of the next window read as of this one is asked for with `piece`, and a bit.
 
-        Not before the window that came before this one has given its memory back: two are enough. Of stores behind
-        URLs all of it is asked for at once, and early, since answers come late.
+        So reading comes evenly. Not before the window that came before this one has given its memory back: two are
+        enough. Of stores behind URLs all of it is asked for at once, and early, since answers come late.
         """
         is_remote = self.source.store.is_remote
         if min(self.open) < piece.window and not is_remote:
