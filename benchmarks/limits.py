@@ -28,6 +28,7 @@ from cohortvi.store import arrays, native
 from cohortvi.store.batches import OUTPUTS
 from cohortvi.store.kernels import fill_dense, gather, row_ends
 from cohortvi.store.layout import Rows
+from cohortvi.store.libraries import Context
 from cohortvi.store.loader import Loader
 from cohortvi.store.plan import Epoch
 from cohortvi.store.sharded import ShardedCounts
@@ -99,7 +100,7 @@ def read(calls: list[Call], threads: int) -> Share:
 
 def decode(calls: list[Call]) -> Share:
     """Return the stage that checks and decodes the bytes of calls."""
-    context = native.Context()
+    context = Context()
 
     def share(part: int, parts: int) -> None:
         for call in calls[part::parts]:

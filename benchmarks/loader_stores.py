@@ -45,7 +45,8 @@ def store(
     Errors: loader_worker.Failed if it can't be written.
     """
     is_ours = PEERS[loader].environment == "own"
-    key = code(HERE / "loaders.py") if is_ours else digest((HERE / f"requirements-{loader}.txt").read_text())
+    versions = code(HERE / "loaders.py") if is_ours else (HERE / f"requirements-{loader}.txt").read_text()
+    key = digest(versions, code(HERE / "loader_worker.py"))  # what was written, and how it was measured
     folder = Path(data["folder"]) / loader
     note = folder / f"{key}.json"
     if not note.exists():

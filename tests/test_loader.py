@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from concurrent.futures import Future
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +31,7 @@ from cohortvi.store.loader import THREAD_NAME, Loader
 from cohortvi.store.plan import Epoch
 from cohortvi.store.sharded import ShardedCounts
 from cohortvi.store.shards import write_shard
+from cohortvi.store.windows import Memories, Windows
 
 keeping = partial(Loader, copy=True)  # minibatches that may be looked at when others have come
 
@@ -118,6 +122,61 @@ def test_the_ranks_together_see_what_one_alone_sees(source, batch_size, world):
     for whole, *slices in zip(alone, *ranks, strict=True):
         np.testing.assert_array_equal(np.concatenate([part.rows for part in slices]), whole.rows)
         assert torch.equal(torch.cat([part.x_ng for part in slices]), whole.x_ng)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    batch_size=st.integers(1, 60),
+    block=st.integers(1, 30),
+    world=st.integers(1, 4),
+    threads=st.integers(1, 3),
+    stopped=st.integers(0, 8),
+    output=st.sampled_from(["dense", "csr_counts"]),
+)
+def test_stores_of_any_sizes_on_any_ranks_and_from_any_step(sizes, batch_size, block, world, threads, stopped, output):
+    x = np.random.default_rng(0).poisson(0.5, (sum(sizes), 6)).astype(np.uint32)
+    parts = np.split(x, np.cumsum(sizes)[:-1])
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "Epoch", partial(Epoch, block=block, window_blocks=2))
+        fixed = [(np.full(len(part), "run1"), np.zeros(len(part))) for part in parts]
+        pairs = enumerate(zip(parts, fixed, strict=True))
+        store = ShardedCounts([write_store(Path(folder), f"s{i}", part, *rest) for i, (part, rest) in pairs])
+        common = {"batch_size": batch_size, "seed": 0, "output": output, "world": world, "threads": threads}
+        loaders = [keeping(store, rank=rank, **common) for rank in range(world)]
+        begun = [[minibatch for minibatch, _ in zip(loader, range(stopped), strict=False)] for loader in loaders]
+        ranks = []
+        for loader, first in zip(loaders, begun, strict=True):
+            resumed = keeping(store, rank=loader.rank, **common)
+            resumed.load_state_dict({**loader.state_dict(), "epoch": 0, "step": len(first)})
+            ranks.append(first + list(resumed))
+        expected = list(keeping(store, batch_size=batch_size, seed=0))
+    for minibatches in ranks:
+        for x_ng, _, rows in minibatches:
+            np.testing.assert_array_equal(as_array(x_ng), x[rows])
+    steps = [np.concatenate([part.rows for part in step]) for step in zip(*ranks, strict=True)]
+    assert [step.tolist() for step in steps] == [minibatch.rows.tolist() for minibatch in expected]
+    assert sorted(row for step in steps for row in step) == list(range(len(x)))
+
+
+def as_array(x_ng: torch.Tensor | Csr) -> np.ndarray:
+    if not isinstance(x_ng, Csr):
+        return x_ng.numpy()
+    arrays = (x_ng.data.numpy(), x_ng.indices.numpy().astype(int), x_ng.indptr.numpy())
+    return sp.csr_matrix(arrays, (len(x_ng.indptr) - 1, x_ng.n_vars)).toarray()
+
+
+def test_memory_that_is_still_written_to_is_not_used_again(source):
+    store = ShardedCounts(source.manifests)
+    windows = Windows(None, None, None, Memories(store))
+    for number, is_done in enumerate([True, False]):
+        task = Future()
+        if is_done:
+            task.set_result([])
+        windows.open[number] = SimpleNamespace(memory=windows.memories.take(), tasks=[task])
+    done = windows.open[0].memory
+    windows.release_before(2)
+    assert windows.memories.free == [done]
 
 
 @pytest.mark.parametrize("output", ["dense", "counts", "csr", "csr_counts"])

@@ -3,6 +3,7 @@
 import time
 import warnings
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,6 +120,22 @@ def test_a_collection_as_annbatch_writes_it_is_read_as_its_data_sets_one_after_t
     store = ShardedCounts(tmp_path / "collection.zarr")
     assert store.sizes == [10, 190, 100]
     check(store, source.adata.X.toarray())
+
+
+def test_rows_that_others_left_unsorted_are_sorted_and_a_gene_that_stands_twice_is_refused(source, tmp_path):
+    unsorted = source.adata.copy()
+    x, rng = unsorted.X, np.random.default_rng(0)
+    for start, stop in pairwise(x.indptr):
+        order = start + rng.permutation(stop - start)
+        x.indices[start:stop], x.data[start:stop] = x.indices[order], x.data[order]
+    x.has_sorted_indices = False
+    write_theirs(unsorted, tmp_path / "unsorted.zarr")
+    check(ShardedCounts(tmp_path / "unsorted.zarr"), source.adata.X.toarray(), "csr")
+    row = int(np.flatnonzero(np.diff(x.indptr) > 1)[0])
+    x.indices[x.indptr[row] : x.indptr[row] + 2] = 3
+    write_theirs(unsorted, tmp_path / "twice.zarr")
+    with pytest.raises(ValueError, match=rf"twice\.zarr: .*cell {row} has a gene twice"):
+        list(Loader(ShardedCounts(tmp_path / "twice.zarr"), batch_size=8, seed=0))
 
 
 def test_what_is_no_store_of_counts_is_refused(source, tmp_path):

@@ -53,6 +53,14 @@ def test_every_cell_comes_once_an_epoch(settings):
 
 
 @given(settings=plans)
+def test_what_fills_no_minibatch_is_left_out_if_asked(settings):
+    plan, whole, size = Epoch(**settings, drop_last=True), Epoch(**settings), settings["batch_size"]
+    steps = [serve(plan, settings["sizes"], step).tolist() for step in range(plan.n_steps)]
+    everything = [cell for step in range(whole.n_steps) for cell in serve(whole, settings["sizes"], step)]
+    assert steps == [everything[k * size : (k + 1) * size] for k in range(sum(settings["sizes"]) // size)]
+
+
+@given(settings=plans)
 def test_minibatches_are_full_but_the_last_two_which_share_the_rest(settings):
     plan, size = Epoch(**settings), settings["batch_size"]
     lengths = [len(serve(plan, settings["sizes"], step)) for step in range(plan.n_steps)]

@@ -146,7 +146,9 @@ def test_the_model_returned_is_the_one_of_the_best_validation_elbo(cohort, tmp_p
     vae, history, facts = run(cohort, tmp_path, model)
     judged = history[history["kl_weight"] == 1]["validation_elbo"]
     assert facts["best_epoch"] == history["epoch"][judged.idxmax()]
-    setup, state = prepare(manifests(cohort, "train"), manifests(cohort, "validation"), model, sheet={}, seed=0)
+    setup, state = prepare(
+        manifests(cohort, "train"), manifests(cohort, "validation"), model, sheet={}, seed=0, threads=1
+    )
     state.vae.load_state_dict(vae.state_dict())
     assert validate(setup, state, lambda: None)["elbo"] == judged.max()
 
@@ -314,7 +316,9 @@ def test_covariates_of_the_sheet_are_those_of_the_sample(cohort, tmp_path):
     model = dataclasses.replace(MODEL, **settings)
     facts = run(cohort, tmp_path, model, sheet=SHEET)[2]
     assert facts["categories"] == {"sex": ["f", "m"], "site": ["north", "south"]}
-    setup, state = prepare(manifests(cohort, "train"), manifests(cohort, "validation"), model, sheet=SHEET, seed=0)
+    setup, state = prepare(
+        manifests(cohort, "train"), manifests(cohort, "validation"), model, sheet=SHEET, seed=0, threads=1
+    )
     minibatch = next(iter(state.loader))
     found, sample = setup.covariates(minibatch.obs), minibatch.obs["sample"]
     assert torch.equal(found.categories[1], sample)
@@ -324,7 +328,9 @@ def test_covariates_of_the_sheet_are_those_of_the_sample(cohort, tmp_path):
 
 
 def test_standardised_covariates_have_mean_0_and_deviation_1_over_the_training_cells(cohort):
-    setup, state = prepare(manifests(cohort, "train"), manifests(cohort, "validation"), MODEL, sheet={}, seed=0)
+    setup, state = prepare(
+        manifests(cohort, "train"), manifests(cohort, "validation"), MODEL, sheet={}, seed=0, threads=1
+    )
     values = torch.cat([setup.covariates(minibatch.obs).continuous_nc for minibatch in state.loader]).double()
     assert float(values.mean()) == pytest.approx(0, abs=1e-6)
     assert float(values.std(correction=0)) == pytest.approx(1, abs=1e-6)

@@ -58,12 +58,12 @@ class Setup:
 
 
 def prepare(
-    train: Sequence[Path], validation: Sequence[Path], model: Model, *, sheet: Sheet, seed: int
+    train: Sequence[Path], validation: Sequence[Path], model: Model, *, sheet: Sheet, seed: int, threads: int
 ) -> tuple[Setup, Run]:
     """Open the shards of these manifests; return what stays the same, and the run before its first step.
 
-    Errors: ValueError for shards that do not fit together or hold no cells, for a device that is not there, and for
-    covariates that are missing, of the wrong kind or constant.
+    `threads`: that read shards. Errors: ValueError for shards that do not fit together or hold no cells, for a device
+    that is not there, and for covariates that are missing, of the wrong kind or constant.
     """
     device = choose_device(model.device)
     stores = ShardedCounts(train), ShardedCounts(validation)
@@ -72,8 +72,9 @@ def prepare(
     tables = columns.sheet_tables(sheet, stores[0].categories[SAMPLE])
     names = [name for name in columns.names if name not in tables] + ([SAMPLE] if tables else [])
     _check_match(*stores, names)
-    loader = Loader(stores[0], batch_size=model.batch_size, seed=seed, columns=names)
-    held_out = Loader(stores[1], batch_size=EVALUATED_CELLS, seed=seed, columns=names, shuffle=False)
+    common = {"seed": seed, "columns": names, "threads": threads}
+    loader = Loader(stores[0], batch_size=model.batch_size, **common)
+    held_out = Loader(stores[1], batch_size=EVALUATED_CELLS, shuffle=False, **common)
     shards = digest([read_json(path) for path in (*train, *validation)])
     seed_torch(seed, INIT, 0)
     vae = build(stores[0], model, columns).to(device)

@@ -51,7 +51,7 @@ def fit(
     that is not there, checkpoints of another run or in use by another process.
     """
     torch.set_num_threads(threads)
-    setup, run = prepare(train, validation, model, sheet=sheet, seed=seed)
+    setup, run = prepare(train, validation, model, sheet=sheet, seed=seed, threads=threads)
     with Checkpoints(checkpoints, model.checkpoint_minutes) as saved, Signals() as signals:
         resume(setup, run, saved)
         keep = partial(save_if_due, setup, run, saved, signals)

@@ -22,6 +22,7 @@ from zarr.storage import LocalStore
 
 from cohortvi.store import native
 from cohortvi.store.codec import crc
+from cohortvi.store.libraries import Context
 from cohortvi.store.native import (
     ABSENT,
     BAD_BLOSC,
@@ -29,7 +30,6 @@ from cohortvi.store.native import (
     BAD_READ,
     CRC_BYTES,
     OK,
-    Context,
     decode_chunks,
     read_chunks,
     span,

@@ -17,6 +17,7 @@ from zarr.codecs import BloscCodec
 from zarr.codecs.numcodecs import Delta
 
 from cohortvi.store import native
+from cohortvi.store.libraries import LIBRARY, Memory
 from cohortvi.store.native import BLOCK, CRC_BYTES, HEADER, SHUFFLED, WHOLE, ZSTD
 
 LEVEL, STRATEGY, MIN_MATCH, TARGET_LENGTH, LITERALS = 100, 107, 105, 106, 1002  # zstd.h: ZSTD_cParameter
@@ -53,18 +54,14 @@ class _Contexts(threading.local):
     """The zstd contexts of a thread, by whether matches are looked for."""
 
     def __init__(self) -> None:
-        self.of: dict[bool, ctypes.c_void_p] = {}
-
-    def __del__(self) -> None:
-        for context in self.of.values():
-            native.LIBRARY.ZSTD_freeCCtx(context)
+        self.of: dict[bool, Memory] = {}
 
     def get(self, matches: bool) -> ctypes.c_void_p:
         if matches not in self.of:
-            self.of[matches] = ctypes.c_void_p(native.LIBRARY.ZSTD_createCCtx())
+            self.of[matches] = Memory(LIBRARY.ZSTD_createCCtx, LIBRARY.ZSTD_freeCCtx)
             for name, value in (MATCHED if matches else UNMATCHED).items():
-                native.LIBRARY.ZSTD_CCtx_setParameter(self.of[matches], name, value)
-        return self.of[matches]
+                LIBRARY.ZSTD_CCtx_setParameter(ctypes.c_void_p(self.of[matches].address), name, value)
+        return ctypes.c_void_p(self.of[matches].address)
 
 
 _CONTEXTS = _Contexts()
@@ -91,7 +88,7 @@ def _frame(data: np.ndarray, *, matches: bool) -> bytes:
     """Return bytes as a zstd frame; none for none."""
     if not len(data):
         return b""
-    library, size = native.LIBRARY, ctypes.c_size_t(len(data))
+    library, size = LIBRARY, ctypes.c_size_t(len(data))
     bound = library.ZSTD_compressBound(size)
     frame = np.empty(bound, np.uint8)
     target, source = ctypes.c_void_p(frame.ctypes.data), ctypes.c_void_p(data.ctypes.data)

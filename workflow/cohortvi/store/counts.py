@@ -18,7 +18,7 @@ import zarr
 
 from cohortvi.files import digest
 from cohortvi.store.arrays import ArrayReader, arrays_of
-from cohortvi.store.kernels import map_genes, rise
+from cohortvi.store.kernels import map_genes, rise, sort_rows
 from cohortvi.store.layout import MAX_COUNT, PLAIN, Rows, id_type, quiet, repair, table_digest, write_store, write_x
 
 REWRITE = "write it again with the program that made it"  # stores of others
@@ -184,7 +184,7 @@ class CountsReader:
     def ends(self, start: int, stop: int) -> np.ndarray:
         """Return where rows start:stop begin and end among the store's entries, int64 (stop - start + 1,)."""
         with self._reading(f"cells {start} to {stop}"):
-            ends = self.indptr.read(start, stop + 1)
+            ends = self.indptr.read(start, stop + 1).astype(np.int64, copy=False)
             if not rise(ends, self.manifest["nnz"]):
                 raise ValueError("row ends do not rise")
         return ends
@@ -201,6 +201,8 @@ class CountsReader:
                     reader.read(*entries, out)
                 else:
                     out[:] = _in_range(reader.read(*entries), out.dtype, largest)
+            if not self.indices.checked and (twice := sort_rows(ends, indices, data)) >= 0:
+                raise ValueError(f"cell {start + twice} has a gene twice")
 
     def read(self, start: int, stop: int) -> Rows:
         """Return rows start:stop in compact types; ValueError if they cannot be what was written."""

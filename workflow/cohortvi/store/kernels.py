@@ -1,7 +1,7 @@
 """Loops over compact CSR rows, compiled, without the GIL.
 
-They trust their input: whoever reads counts from disk passes them through `first_bad_row` once; the other loops rely
-on its verdict and check no bounds. Row pointers are int64 and begin at 0; ids and counts come in any unsigned type.
+They trust their input and check no bounds: what this program writes has passed `first_bad_row`, what others wrote is
+looked at when it is read. Row pointers are int64 and begin at 0; ids and counts come in any unsigned type.
 """
 
 from typing import Any
@@ -78,6 +78,27 @@ def rise(ends: np.ndarray, last: int) -> bool:
     for k in range(len(ends) - 1):
         is_bad |= ends[k] > ends[k + 1]
     return not is_bad
+
+
+@numba.njit(nogil=True, cache=True)
+def sort_rows(ends: np.ndarray, indices: np.ndarray, data: np.ndarray) -> int:
+    """Sort rows by id, where they are not; return the first one that has an id twice, -1 if there is none.
+
+    `ends`: as `CountsReader.ends` gives them, from any number on.
+    """
+    for row in range(len(ends) - 1):
+        ids, counts = indices[ends[row] - ends[0] : ends[row + 1] - ends[0]], data[ends[row] - ends[0] :]
+        is_sorted = True
+        for i in range(1, len(ids)):
+            is_sorted &= ids[i - 1] < ids[i]
+        if not is_sorted:
+            order = np.argsort(ids)
+            counts[: len(ids)] = counts[: len(ids)][order]
+            ids[:] = ids[order]
+            for i in range(1, len(ids)):
+                if ids[i - 1] == ids[i]:
+                    return row
+    return -1
 
 
 # Unsigned numbers below: an index that may be negative costs a comparison and keeps the loop from being vectorised.

@@ -39,7 +39,8 @@ class Loader:
     """Iterable over minibatches; an iteration goes from the current step to the end of its epoch and begins the next.
 
     Which cells step k of an epoch holds depends on the store, `batch_size` and `seed` alone: not on threads, ranks, or
-    where an iteration was interrupted. Iterate in one place at a time.
+    where an iteration was interrupted. Iterate in one place at a time. A loop that breaks at the last minibatch has not
+    ended the epoch: the next iteration, which yields nothing, does.
     """
 
     def __init__(  # noqa: PLR0913 (all but the first are given by name)
@@ -52,6 +53,7 @@ class Loader:
         output: str = "dense",
         copy: bool = False,
         shuffle: bool = True,
+        drop_last: bool = False,
         where: str | None = None,
         balance: str | None = None,
         weights: str | None = None,
@@ -63,9 +65,10 @@ class Loader:
 
         `output`: dense (float32, exact up to 2^24), counts (dense, in the stores' own unsigned type), csr (int32 and
         float32) or csr_counts (uint16 or uint32 ids, counts in the stores' type). x_ng lies in memory that is written
-        anew for the next minibatch; `copy` gives each its own. `where`, `balance` and `weights` say which cells an
-        epoch draws (store/sampling.py). Errors: ValueError for a column that not all stores have, an output that there
-        is not, or a rank outside the world.
+        anew for the next minibatch; `copy` gives each its own. `drop_last` leaves out cells that fill no minibatch; the
+        last two share them otherwise. `where`, `balance` and `weights` say which cells an epoch draws
+        (store/sampling.py). Errors: ValueError for a column that not all stores have, an output that there is not, or a
+        rank outside the world.
         """
         for name in columns:
             if name not in store.columns:
@@ -73,7 +76,8 @@ class Loader:
                 raise ValueError(f"{store.stores[0].path}: {found}; expected some of {', '.join(store.columns)}")
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}: expected a rank from 0 to {world - 1}")
-        self.store, self.columns, self.shuffle, self.copy = store, list(columns), shuffle, copy
+        self.store, self.columns, self.copy = store, list(columns), copy
+        self.order = {"shuffle": shuffle, "drop_last": drop_last}
         self.batches = Batches(output, store.n_vars, store.id_type, store.count_type)
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world, self.threads = rank, world, threads
@@ -88,7 +92,7 @@ class Loader:
         self.epoch = self.step = 0
 
     def _plan(self, epoch: int) -> Epoch:
-        settings = {"batch_size": self.batch_size, "seed": self.seed, "shuffle": self.shuffle}
+        settings = {"batch_size": self.batch_size, "seed": self.seed, **self.order}
         return Epoch(self.store.sizes, epoch=epoch, generations=self.store.generations, **settings, **self.draws)
 
     def n_steps(self, epoch: int) -> int:
@@ -176,7 +180,7 @@ class Loader:
 
     def _identity(self) -> dict[str, Any]:
         contents = digest([store.manifest["content"] for store in self.store.stores])
-        sequence = {"seed": self.seed, "batch_size": self.batch_size, "shuffle": self.shuffle, "store": contents}
+        sequence = {"seed": self.seed, "batch_size": self.batch_size, **self.order, "store": contents}
         return sequence | {name: value for name, value in self.drawn.items() if value}
 
 

@@ -1,21 +1,18 @@
 """Chunks decoded in compiled code that holds no lock: crc32c, Blosc, Zstandard and running sums, one call for a range.
 
-The C functions are those of the libraries that numcodecs and google-crc32c bring along. Where these do not show them
-`AVAILABLE` is False, and chunks are decoded one by one through Python (store/arrays.py).
+Where the C functions (store/libraries.py) are not shown `AVAILABLE` is False, and chunks are decoded one by one through
+Python (store/arrays.py). All loops stand in this file, since numba does not notice that those of others have changed.
 """
 
-import ctypes
-import threading
-from importlib import import_module
 from typing import Any
 
-import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
-from numcodecs import blosc
+
+from cohortvi.store.libraries import LIBRARY
 
 CRC_BYTES = 4
 ABSENT = np.uint64(2**64 - 1)  # offset of a chunk that holds zeros alone and is not stored
@@ -29,26 +26,6 @@ HEADER = 16
 BLOCK = HEADER + 8  # where a single block begins: after its place and its length
 SHUFFLED, WHOLE, ZSTD = 0x01, 0x10, 0x80  # flags
 
-
-def _show() -> ctypes.CDLL | None:
-    """Make the C functions known to compiled code; return the library of the codecs, None if one is not there."""
-    try:
-        checksum = ctypes.CDLL(import_module("google_crc32c._crc32c").__file__).crc32c_value
-        library = ctypes.CDLL(blosc.__file__)
-        shown = {"blosc_decompress_ctx": library.blosc_decompress_ctx, "crc32c_value": checksum}
-        shown["zstd_decompress"] = library.ZSTD_decompressDCtx
-        shown |= {name: getattr(ctypes.CDLL(None), name) for name in ("open", "pread", "close")}
-        library.ZSTD_createDCtx.restype = library.ZSTD_createCCtx.restype = ctypes.c_void_p
-        library.ZSTD_compress2.restype = library.ZSTD_compressBound.restype = ctypes.c_size_t
-        library.ZSTD_CCtx_setParameter.restype = ctypes.c_size_t
-    except (ImportError, AttributeError, OSError, TypeError):
-        return None
-    for name, function in shown.items():
-        llvmlite.binding.add_symbol(f"cohortvi_{name}", ctypes.cast(function, ctypes.c_void_p).value)
-    return library
-
-
-LIBRARY = _show()
 AVAILABLE = LIBRARY is not None
 _crc32c = types.ExternalFunction("cohortvi_crc32c_value", types.uint32(types.voidptr, types.uint64))
 # source, target, bytes of the target, threads -> bytes written, negative for an error
@@ -60,22 +37,9 @@ _zstd_decompress = types.ExternalFunction(
     "cohortvi_zstd_decompress",
     types.uint64(types.uint64, types.voidptr, types.uint64, types.voidptr, types.uint64),
 )
-
-
 _open = types.ExternalFunction("cohortvi_open", types.int32(types.voidptr, types.int32))
 _pread = types.ExternalFunction("cohortvi_pread", types.int64(types.int32, types.voidptr, types.uint64, types.int64))
 _close = types.ExternalFunction("cohortvi_close", types.int32(types.int32))
-
-
-class Context(threading.local):
-    """What zstd decodes with, one for each thread."""
-
-    def __init__(self) -> None:
-        self.address = LIBRARY.ZSTD_createDCtx() if LIBRARY else 0
-
-    def __del__(self) -> None:
-        if self.address:
-            LIBRARY.ZSTD_freeDCtx(ctypes.c_void_p(self.address))
 
 
 @intrinsic
@@ -214,6 +178,17 @@ def _run_on(values: np.ndarray, total: int) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
+def _values_of_planes(planes: np.ndarray, first: int, out: np.ndarray, delta: bool) -> None:
+    """Write values from number `first` on into `out`; `delta`: planes hold their differences."""
+    if delta and out.itemsize == 2:
+        _sum_pairs(planes, first, out, _sum_planes(planes, first, out.itemsize))
+        return
+    _join_planes(planes, first, out)
+    if delta:
+        _run_on(out, _sum_planes(planes, first, out.itemsize))
+
+
+@numba.njit(nogil=True, cache=True)
 def span(places: np.ndarray) -> tuple[int, int]:
     """Return where the chunks that are there begin and end in their file; 0, 0 if none is."""
     begin, end = ABSENT, np.uint64(0)
@@ -290,12 +265,8 @@ def decode_chunks(  # noqa: PLR0913 (called once, from ArrayReader)
         found = _unpack(raw, offset, length, room, out.itemsize, context)
         if found == NOTHING:
             return chunk, BAD_BLOSC
-        if found == PLANES and delta and out.itemsize == 2:
-            _sum_pairs(room, first, part, _sum_planes(room, first, out.itemsize))
-        elif found == PLANES:
-            _join_planes(room, first, part)
-            if delta:
-                _run_on(part, _sum_planes(room, first, out.itemsize))
+        if found == PLANES:
+            _values_of_planes(room, first, part, delta)
         else:
             values = room.view(out.dtype)
             if delta:

@@ -53,6 +53,7 @@ class Epoch:
         seed: int,
         epoch: int,
         shuffle: bool = True,
+        drop_last: bool = False,
         generations: Sequence[int] | None = None,
         weights: np.ndarray | None = None,
         n_draws: int | None = None,
@@ -60,6 +61,7 @@ class Epoch:
         window_blocks: int | None = None,
     ):
         """`sizes`: cells per shard; `batch_size`: of all ranks together; `shuffle` False: the order of the store.
+        `drop_last`: leave out the cells that do not fill a minibatch.
 
         `generations`: of the shards; None: all of one. `weights`: the sum of the cells' weights in each block of `cut`;
         None: every cell once. `n_draws`: cells of an epoch, the sum of the weights unless given.
@@ -87,7 +89,8 @@ class Epoch:
         shares = ends[self.first_blocks] * (self.n_obs / ends[-1] if self.n_obs else 0)
         self.window_ends = np.round(shares).astype(np.int64)
         self._window_ends = self.window_ends.tolist()
-        self.n_steps = -(-self.n_obs // batch_size)
+        self.drop_last = drop_last
+        self.n_steps = self.n_obs // batch_size if drop_last else -(-self.n_obs // batch_size)
 
     def _stream(self, stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.epoch, stream])
@@ -121,13 +124,13 @@ class Epoch:
     def bounds(self, step: int) -> tuple[int, int]:
         """Return the part of the epoch's sequence that makes the minibatch of a step, for all ranks together.
 
-        All hold `batch_size` cells but the last two, which share what is left: no minibatch is too small for a
-        variance over it, unless the store is.
+        All hold `batch_size` cells but, without `drop_last`, the last two, which share what is left: none is too small
+        for a variance over it, unless the store is.
         """
         return self._begin(step), self._begin(step + 1)
 
     def _begin(self, step: int) -> int:
-        if 0 < step == self.n_steps - 1:
+        if 0 < step == self.n_steps - 1 and not self.drop_last:
             return self.n_obs - (self.n_obs - (step - 1) * self.batch_size) // 2
         return min(step * self.batch_size, self.n_obs)
 

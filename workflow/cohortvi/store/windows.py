@@ -182,9 +182,10 @@ class Windows:
     def release_before(self, index: int) -> None:
         """Take back the memory of all windows before this one."""
         for done in [opened for opened in self.open if opened < index]:
-            memory = self.open.pop(done).memory
-            if memory is not None:
-                self.memories.release(memory)
+            window = self.open.pop(done)
+            # A rank may skip a window that was begun, and whose blocks are still being read: that memory is let go.
+            if window.memory is not None and all(task.done() for task in window.tasks):
+                self.memories.release(window.memory)
 
     def _opened(self, index: int) -> Window | None:
         if index >= self.plan.n_windows:
