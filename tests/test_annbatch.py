@@ -33,7 +33,7 @@ np.save(f"{folder}/rows.npy", np.concatenate([rows for _, rows in found]))
 """
 
 
-@pytest.mark.skipif("COHORTVI_ANNBATCH_PYTHON" not in os.environ, reason="COHORTVI_ANNBATCH_PYTHON names no interpreter")
+@pytest.mark.skipif("COHORTVI_ANNBATCH_PYTHON" not in os.environ, reason="no COHORTVI_ANNBATCH_PYTHON")
 def test_annbatch_reads_our_shards_as_they_are(tmp_path):
     x = np.random.default_rng(0).poisson(0.5, (200, 30)).astype(np.uint32)
     x[5, 3], x[150, 7] = 300, 70_000
