@@ -18,7 +18,6 @@ from numcodecs import blosc
 
 from cohortvi.store.codec import Codec, decode, encode
 
-CHUNK = 32_768
 BLOSC = [
     ("zstd", 1, "shuffle"), ("zstd", 3, "shuffle"), ("zstd", 3, "bitshuffle"), ("lz4", 5, "shuffle"),
     ("lz4", 5, "bitshuffle"), ("lz4hc", 5, "shuffle"), ("lz4hc", 5, "bitshuffle"), ("lz4hc", 9, "shuffle"),
@@ -94,9 +93,9 @@ def measure(parts: list[np.ndarray], candidate: Candidate, n_obs: int) -> dict[s
     }
 
 
-def chunks(values: np.ndarray) -> list[np.ndarray]:
+def chunks(values: np.ndarray, size: int) -> list[np.ndarray]:
     """Return values as they are written together."""
-    return np.split(values, range(CHUNK, len(values), CHUNK))
+    return np.split(values, range(size, len(values), size))
 
 
 def bitmap(x: sp.csr_matrix) -> list[np.ndarray]:
@@ -111,6 +110,7 @@ def main() -> None:
     parser.add_argument("h5ad", nargs="?", help="counts as CSR; simulated ones if none is given")
     parser.add_argument("--cells", type=int, default=16_384)
     parser.add_argument("--genes", type=int, default=2_000)
+    parser.add_argument("--chunk", type=int, default=Codec().chunk, help="values compressed together")
     arguments = parser.parse_args()
     if arguments.h5ad:
         x = ad.read_h5ad(arguments.h5ad).X
@@ -124,9 +124,9 @@ def main() -> None:
     )
     ids, counts = x.indices.astype(np.uint16), x.data.astype(np.min_scalar_type(x.data.max()))
     cut = {
-        "ids as differences": [np.diff(part, prepend=np.uint16(0)) for part in chunks(ids)],
-        "ids": chunks(ids),
-        "counts": chunks(counts),
+        "ids as differences": [np.diff(part, prepend=np.uint16(0)) for part in chunks(ids, arguments.chunk)],
+        "ids": chunks(ids, arguments.chunk),
+        "counts": chunks(counts, arguments.chunk),
         "bitmap": bitmap(x),
     }
     for name, parts in cut.items():

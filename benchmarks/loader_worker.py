@@ -17,7 +17,6 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-import anndata
 import numpy as np
 from loader_peers import PEERS
 from loader_quality import quality
@@ -212,6 +211,8 @@ def cold(job: dict[str, Any]) -> dict[str, Any]:
 
 def write(job: dict[str, Any]) -> dict[str, Any]:
     """Make a loader's store out of an h5ad, in the page cache; first of a few cells, so that all is compiled."""
+    import anndata
+
     with tempfile.TemporaryDirectory() as folder:
         few = Path(folder) / "few.h5ad"
         anndata.read_h5ad(job["h5ad"], backed="r")[:FEW_CELLS].to_memory().write_h5ad(few)

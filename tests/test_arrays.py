@@ -171,12 +171,12 @@ def test_damage_without_a_checksum_ends_in_an_error_or_in_values_of_the_right_nu
 
 def test_what_a_thread_decodes_with_is_freed_with_it():
     context, held = Context(), []
-    thread = threading.Thread(target=lambda: held.append((context.address, weakref.ref(context.memory))))
+    thread = threading.Thread(target=lambda: held.append((context.address, weakref.ref(context.owned))))
     thread.start()
     thread.join()
-    ((address, memory),) = held
+    ((address, owned),) = held
     assert address
-    assert memory() is None
+    assert owned() is None
 
 
 def test_an_array_in_an_object_store_is_read_by_ranges(tmp_path):

@@ -138,6 +138,21 @@ def test_rows_that_others_left_unsorted_are_sorted_and_a_gene_that_stands_twice_
         list(Loader(ShardedCounts(tmp_path / "twice.zarr"), batch_size=8, seed=0))
 
 
+def test_checksums_of_others_say_nothing_of_their_ids(source, tmp_path):
+    path = write_theirs(source.adata, tmp_path / "crc.zarr")
+    root = zarr.open_group(path, mode="a")
+    ids = source.adata.X.indices.astype(np.uint16)
+    ids[5] = 12  # one beyond the genes
+    del root["X/indices"]
+    shape = {"chunks": (len(ids),), "shards": (len(ids),), "compressors": [zarr.codecs.Crc32cCodec()]}
+    root["X"].create_array("indices", data=ids, **shape)
+    zarr.consolidate_metadata(path)
+    store = open_counts(path)
+    assert store.indices.checked
+    with pytest.raises(ValueError, match=r"crc\.zarr: .* values from 0 to 12, where 0 to 11 should be"):
+        store.read(0, 300)
+
+
 def test_what_is_no_store_of_counts_is_refused(source, tmp_path):
     dense = source.adata.copy()
     dense.X = dense.X.toarray()

@@ -17,7 +17,7 @@ from zarr.codecs import BloscCodec
 from zarr.codecs.numcodecs import Delta
 
 from cohortvi.store import native
-from cohortvi.store.libraries import LIBRARY, Memory
+from cohortvi.store.libraries import LIBRARY, Allocation
 from cohortvi.store.native import BLOCK, CRC_BYTES, HEADER, SHUFFLED, WHOLE, ZSTD
 
 LEVEL, STRATEGY, MIN_MATCH, TARGET_LENGTH, LITERALS = 100, 107, 105, 106, 1002  # zstd.h: ZSTD_cParameter
@@ -54,11 +54,11 @@ class _Contexts(threading.local):
     """The zstd contexts of a thread, by whether matches are looked for."""
 
     def __init__(self) -> None:
-        self.of: dict[bool, Memory] = {}
+        self.of: dict[bool, Allocation] = {}
 
     def get(self, matches: bool) -> ctypes.c_void_p:
         if matches not in self.of:
-            self.of[matches] = Memory(LIBRARY.ZSTD_createCCtx, LIBRARY.ZSTD_freeCCtx)
+            self.of[matches] = Allocation(LIBRARY.ZSTD_createCCtx, LIBRARY.ZSTD_freeCCtx)
             for name, value in (MATCHED if matches else UNMATCHED).items():
                 LIBRARY.ZSTD_CCtx_setParameter(ctypes.c_void_p(self.of[matches].address), name, value)
         return ctypes.c_void_p(self.of[matches].address)
@@ -88,11 +88,11 @@ def _frame(data: np.ndarray, *, matches: bool) -> bytes:
     """Return bytes as a zstd frame; none for none."""
     if not len(data):
         return b""
-    library, size = LIBRARY, ctypes.c_size_t(len(data))
-    bound = library.ZSTD_compressBound(size)
+    size = ctypes.c_size_t(len(data))
+    bound = LIBRARY.ZSTD_compressBound(size)
     frame = np.empty(bound, np.uint8)
     target, source = ctypes.c_void_p(frame.ctypes.data), ctypes.c_void_p(data.ctypes.data)
-    length = library.ZSTD_compress2(_CONTEXTS.get(matches), target, ctypes.c_size_t(bound), source, size)
+    length = LIBRARY.ZSTD_compress2(_CONTEXTS.get(matches), target, ctypes.c_size_t(bound), source, size)
     if length > bound:
         raise RuntimeError(f"zstd: error {2**64 - length} where {len(data)} bytes were to be compressed")
     return frame[:length].tobytes()

@@ -30,8 +30,8 @@ def _show() -> ctypes.CDLL | None:
 LIBRARY = _show()
 
 
-class Memory:
-    """Memory of the library's that lives as long as this object."""
+class Allocation:
+    """What the library has allocated, freed with this object."""
 
     def __init__(self, create: Any, free: Any):
         self.address, self.free = create(), free
@@ -45,9 +45,9 @@ class Context(threading.local):
 
     def __init__(self) -> None:
         # A thread that ends drops what it holds, but nobody calls __del__ of the threading.local itself.
-        self.memory = Memory(LIBRARY.ZSTD_createDCtx, LIBRARY.ZSTD_freeDCtx) if LIBRARY else None
+        self.owned = Allocation(LIBRARY.ZSTD_createDCtx, LIBRARY.ZSTD_freeDCtx) if LIBRARY else None
 
     @property
     def address(self) -> int:
         """The address of this thread's context; 0 without the library."""
-        return self.memory.address if self.memory else 0
+        return self.owned.address if self.owned else 0

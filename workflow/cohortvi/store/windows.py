@@ -101,7 +101,10 @@ class Window:
             self.rows = Rows(indptr, *self.memory.take(self.first[-1]))
         while (first := len(self.tasks) * self.at_once) < share * len(self.blocks):
             blocks = range(first, min(first + self.at_once, len(self.blocks)))
-            self.tasks.append(self.pool.submit(lambda of_task: [self._read_block(k) for k in of_task], blocks))
+            self.tasks.append(self.pool.submit(self._read_blocks, blocks))
+
+    def _read_blocks(self, indices: range) -> list[Part]:
+        return [self._read_block(index) for index in indices]
 
     def _read_block(self, index: int) -> Part:
         shard, start, stop = self.blocks[index]
