@@ -43,7 +43,7 @@ Share = Callable[[int, int], None]  # does part k of n of the work of a stage
 class Call(NamedTuple):
     """A call of `read_chunks` that the loader would make, and the bytes that it reads."""
 
-    path: np.ndarray
+    path: int  # address of its name
     begin: int
     raw: np.ndarray
     places: np.ndarray

@@ -17,7 +17,7 @@ from zarr.codecs.numcodecs import Delta
 
 from cohortvi.store import array_writer, native
 from cohortvi.store.array_writer import ArrayWriter
-from cohortvi.store.arrays import ArrayReader
+from cohortvi.store.arrays import ArrayReader, do_jobs
 from cohortvi.store.codec import Codec
 from cohortvi.store.libraries import Context
 
@@ -84,6 +84,45 @@ def test_ranges_of_what_was_written_are_those_of_numpy_and_zarr(
         out = np.full(stop - start, 7, dtype)
         assert reader.read(start, stop, out) is out
         np.testing.assert_array_equal(out, values[start:stop])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    size=st.integers(1, 900),
+    codec=st.sampled_from(CODECS),
+    file_chunks=st.integers(1, 4),
+    threads=st.integers(1, 3),
+    data=st.data(),
+)
+def test_jobs_read_all_ranges_that_lie_in_one_file(size, codec, file_chunks, threads, data):
+    values = np.random.default_rng(data.draw(st.integers(0, 9))).integers(0, 300, (2, size))
+    starts = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=9)))
+    stops = starts + [data.draw(st.integers(0, size - start)) for start in starts.tolist()]
+    places = np.cumsum([0, *(stops - starts)])
+    with tempfile.TemporaryDirectory() as folder, patched(FILE_CHUNKS=file_chunks):
+        arrays = [
+            write(Path(folder) / name, part.astype(name), codec._replace(chunk=data.draw(st.integers(1, 300))))
+            for name, part in zip(("uint16", "uint32"), values, strict=True)
+        ]
+        readers = [ArrayReader(array) for array in arrays]
+        assert all(reader.is_native for reader in readers)
+        jobs = [reader.jobs(starts, stops, places[:-1]) for reader in readers]
+        for number, (part, reader) in enumerate(zip(jobs, readers, strict=True)):
+            part["array"], part["block"] = number, np.arange(len(starts))
+            first, last = starts // reader.layout.shard, np.maximum(stops - 1, starts) // reader.layout.shard
+            assert ((part["size"] == -1) == (first != last)).all()
+        todo = np.concatenate([part[part["size"] >= 0] for part in jobs])
+        claimed, out = np.zeros(1, np.int64), [np.full(places[-1], 7, reader.dtype) for reader in readers]
+        workers = [threading.Thread(target=do_jobs, args=(todo, claimed, *out)) for _ in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    assert (todo["failure"] == native.OK).all()
+    for job in todo:
+        block, number = job["block"], job["array"]
+        found = out[number][places[block] : places[block + 1]]
+        np.testing.assert_array_equal(found, values[number, starts[block] : stops[block]])
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,14 @@ from cohortvi.store.native import (
     BAD_CRC,
     BAD_READ,
     CRC_BYTES,
+    JOB,
     OK,
     decode_chunks,
     read_chunks,
     span,
 )
 
+PLACE_BYTES = 16  # of a chunk in the index of its file
 _CONTEXT = Context()
 
 
@@ -83,6 +85,7 @@ class ArrayReader:
         self.layout = _layout(array)
         local = isinstance(array.store, LocalStore)
         self.folder = Path(array.store.root) / array.path if local else None
+        # By `setdefault`, since other threads may do the same: compiled code is given the addresses of what lies here.
         self.indexes: dict[int, np.ndarray] = {}
         self.paths: dict[int, np.ndarray] = {}
 
@@ -106,6 +109,30 @@ class ArrayReader:
             low, high = max(start, first), min(stop, first + self.layout.shard)
             self._read_file(file, low - first, high - first, out[low - start : high - start])
         return out
+
+    @property
+    def is_native(self) -> bool:
+        """Whether compiled code can read and check files of the array by itself."""
+        is_blosc = self.checked and self.layout.codec == "blosc"
+        return native.AVAILABLE and self.folder is not None and is_blosc and self.dtype.kind in "iu"
+
+    def jobs(self, starts: np.ndarray, stops: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Return jobs (native.JOB) that read values starts[k]:stops[k] to place out[k], if the array `is_native`.
+
+        Of one that lies in several files the size is -1: it is to be read in another way. Errors: as of `read`.
+        """
+        jobs, layout = np.zeros(len(starts), JOB), self.layout
+        files, low = np.divmod(starts, layout.shard)
+        high = stops - files * layout.shard
+        first = low // layout.chunk
+        for file in np.unique(files).tolist():
+            of_file = files == file
+            jobs["path"][of_file] = _address(self._path(file))
+            jobs["places"][of_file] = _address(self._index(file)) + first[of_file] * PLACE_BYTES
+        jobs["n_chunks"], jobs["skip"] = -(-high // layout.chunk) - first, low - first * layout.chunk
+        jobs["out"], jobs["size"] = out, np.where(high > layout.shard, -1, high - low)
+        jobs["chunk_bytes"], jobs["delta"] = layout.chunk * self.dtype.itemsize, layout.delta
+        return jobs
 
     @property
     def files(self) -> list[str]:
@@ -151,7 +178,9 @@ class ArrayReader:
         target = (places, skip, out.view(f"u{itemsize}"), layout.chunk * itemsize)
         is_native = layout.codec == "blosc" and native.AVAILABLE
         if is_native and self.folder is not None:
-            chunk, failure = read_chunks(self._path(file), *target, _CONTEXT.address, layout.checked, layout.delta)
+            chunk, failure = read_chunks(
+                _address(self._path(file)), *target, _CONTEXT.address, layout.checked, layout.delta
+            )
             if failure != BAD_READ:
                 return chunk, failure
         begin, end = span(places)
@@ -190,16 +219,17 @@ class ArrayReader:
         """Return offset and length in bytes of each chunk of a file, (n, 2) uint64."""
         if file not in self.indexes:
             n_chunks = self.layout.shard // self.layout.chunk
-            raw = self._bytes(file, -(16 * n_chunks + CRC_BYTES), None)
+            raw = self._bytes(file, -(PLACE_BYTES * n_chunks + CRC_BYTES), None)
             if crc(raw[:-CRC_BYTES]) != raw[-CRC_BYTES:].tobytes():
                 raise ValueError(f"{self.array.path}/c/{file}: the index of its chunks differs from its crc32c")
-            self.indexes[file] = raw[:-CRC_BYTES].copy().view("<u8").reshape(n_chunks, 2)
+            self.indexes.setdefault(file, raw[:-CRC_BYTES].copy().view("<u8").reshape(n_chunks, 2))
         return self.indexes[file]
 
     def _path(self, file: int) -> np.ndarray:
         """Return the name of a file, as C wants it."""
         if file not in self.paths:
-            self.paths[file] = np.frombuffer(os.fsencode(self.folder / "c" / str(file)) + b"\0", np.uint8)
+            name = os.fsencode(self.folder / "c" / str(file)) + b"\0"
+            self.paths.setdefault(file, np.frombuffer(name, np.uint8))
         return self.paths[file]
 
     def _bytes(self, file: int, start: int, stop: int | None) -> np.ndarray:
@@ -219,9 +249,18 @@ class ArrayReader:
         return raw
 
 
+def do_jobs(jobs: np.ndarray, claimed: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
+    """Do the jobs that no other thread takes; as `native.do_jobs`, in this thread."""
+    native.do_jobs(jobs, claimed, _CONTEXT.address, first, second)
+
+
 def arrays_of(group: zarr.Group) -> list[ArrayReader]:
     """Return all arrays of a group and of those within it."""
     return [ArrayReader(found) for _, found in group.members(max_depth=None) if isinstance(found, zarr.Array)]
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
 
 
 def _pread(path: Path, start: int, stop: int | None) -> np.ndarray:

@@ -1,16 +1,18 @@
 """How a minibatch lies in memory: dense or sparse, as float32 or in the stores' own small types, recycled."""
 
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from cohortvi.store.kernels import fill_dense, gather, row_ends
+from cohortvi.store.kernels import fill_dense, fill_share, gather, row_ends
 from cohortvi.store.layout import Rows
 
 OUTPUTS = ("dense", "counts", "csr", "csr_counts")
+
+SHARE_BYTES = 2**22  # of dense minibatches, laid out by a thread at a time
 
 Parts = list[tuple[Rows, np.ndarray]]  # rows of windows, and which of them minibatches hold, in order
 
@@ -30,18 +32,18 @@ Counts = torch.Tensor | Csr
 class Batches:
     """Lays minibatches of one kind out in memory that is used again; fresh memory costs more than filling it."""
 
-    def __init__(self, output: str, n_vars: int, id_type: np.dtype, count_type: np.dtype):
-        """Errors: ValueError for an output that there is not."""
+    def __init__(self, output: str, n_vars: int, id_type: np.dtype, count_type: np.dtype, *, copy: bool):
+        """`copy`: each minibatch gets memory of its own. Errors: ValueError for an output that there is not."""
         if output not in OUTPUTS:
             raise ValueError(f"output: found {output!r}; expected one of {', '.join(OUTPUTS)}")
         if output in ("counts", "csr_counts") and count_type.kind != "u":
             raise ValueError(f"output {output!r}: the store holds {count_type}; expected dense or csr")
-        self.output, self.n_vars = output, n_vars
+        self.n_vars, self.copy = n_vars, copy
         small = output in ("counts", "csr_counts")
         self.count_type = np.dtype(count_type if small else np.float32)
         self.id_type = np.dtype(id_type if small else np.int32)
         self.is_dense = output in ("dense", "counts")
-        self.free: list[dict[str, torch.Tensor]] = []
+        self.memory: dict[str, torch.Tensor] = {}
 
     def bytes_of(self, n_entries: float) -> int:
         """Return the bytes of a cell with so many entries, at least 1."""
@@ -49,53 +51,78 @@ class Batches:
             return max(1, self.n_vars * self.count_type.itemsize)
         return max(1, round(n_entries * (self.id_type.itemsize + self.count_type.itemsize)))
 
-    def take(self) -> dict[str, torch.Tensor]:
-        """Return memory for a group of minibatches; give it back by `release` when they are no longer looked at."""
-        return self.free.pop() if self.free else {}
+    def begin(self, size: int, pool: ThreadPoolExecutor, threads: int) -> "_Dense | _Sparse":
+        """Return minibatches of so many cells together, to be laid out where the last ones lay.
 
-    def release(self, memory: dict[str, torch.Tensor]) -> None:
-        """Take memory back, to be written over."""
-        self.free.append(memory)
+        Idle ones of the pool's `threads` take a share of many.
+        """
+        if self.copy:
+            self.memory = {}
+        return _Dense(self, size, pool, threads) if self.is_dense else _Sparse(self, size)
 
-    def lay_out(self, parts: Parts, sizes: Sequence[int], memory: dict[str, torch.Tensor]) -> list[Counts]:
-        """Return the counts of minibatches of these sizes, in `memory`: the rows of `parts`, in order."""
-        return self._dense(parts, sizes, memory) if self.is_dense else self._sparse(parts, sizes, memory)
+    def room(self, name: str, size: int, dtype: np.dtype, keep: int = 0) -> torch.Tensor:
+        """Return room for so many values, the same as before if it is enough; pinned where there is a GPU.
 
-    def _dense(self, parts: Parts, sizes: Sequence[int], memory: dict[str, torch.Tensor]) -> list[Counts]:
-        x_ng = _room(memory, "x", sum(sizes) * self.n_vars, self.count_type).view(-1, self.n_vars)
-        filled, array = 0, x_ng.numpy()
-        for rows, places in parts:
-            fill_dense(*rows, places, array[filled : filled + len(places)])
-            filled += len(places)
-        return list(x_ng.split(sizes))
-
-    def _sparse(self, parts: Parts, sizes: Sequence[int], memory: dict[str, torch.Tensor]) -> list[Counts]:
-        ends, filled = np.zeros(sum(sizes) + 1, np.int64), 0
-        for rows, places in parts:
-            row_ends(rows.indptr, places, ends[filled:])
-            filled += len(places)
-        indices = _room(memory, "indices", int(ends[-1]), self.id_type)
-        data = _room(memory, "data", int(ends[-1]), self.count_type)
-        to_indices, to_data, filled = indices.numpy(), data.numpy(), 0
-        for rows, places in parts:
-            gather(*rows, places, ends[filled:], to_indices, to_data)
-            filled += len(places)
-        bounds = np.cumsum([0, *sizes]).tolist()
-        lengths = np.diff(ends[bounds]).tolist()
-        indptrs = [torch.from_numpy(ends[begin : end + 1] - ends[begin]) for begin, end in pairwise(bounds)]
-        arrays = zip(indptrs, indices.split(lengths), data.split(lengths), strict=True)
-        return [Csr(*of_batch, self.n_vars) for of_batch in arrays]
-
-    def copied(self, counts: Counts) -> Counts:
-        """Return counts in memory of their own."""
-        if isinstance(counts, Csr):
-            return counts._replace(indices=counts.indices.clone(), data=counts.data.clone())
-        return counts.clone()
+        `keep`: so many values that lie there stay.
+        """
+        if name not in self.memory or len(self.memory[name]) < size:
+            old, room = self.memory.get(name), torch.from_numpy(np.empty(size + size // 32, dtype))  # in huge pages
+            self.memory[name] = room.pin_memory() if torch.cuda.is_available() and not self.copy else room
+            if keep:
+                self.memory[name][:keep] = old[:keep]
+        return self.memory[name][:size]
 
 
-def _room(memory: dict[str, Any], name: str, size: int, dtype: np.dtype) -> torch.Tensor:
-    """Return the first `size` values of a tensor of the memory, made larger if need be; pinned where there is a GPU."""
-    if name not in memory or len(memory[name]) < size:
-        room = torch.from_numpy(np.empty(size + size // 32, dtype))  # by numpy: in huge pages
-        memory[name] = room.pin_memory() if torch.cuda.is_available() else room
-    return memory[name][:size]
+class _Dense:
+    """Dense minibatches that are being laid out."""
+
+    def __init__(self, batches: Batches, size: int, pool: ThreadPoolExecutor, threads: int):
+        self.x_ng = batches.room("x", size * batches.n_vars, batches.count_type).view(size, batches.n_vars)
+        self.array, self.filled, self.pool = self.x_ng.numpy(), 0, pool
+        self.share, self.threads = max(1, SHARE_BYTES // batches.bytes_of(0)), threads
+
+    def add(self, rows: Rows, places: np.ndarray) -> None:
+        """Lay out the rows of a window at these places; idle threads of the pool do a share of many."""
+        x_ng = self.array[self.filled : self.filled + len(places)]
+        self.filled += len(places)
+        if len(places) < 2 * self.share:
+            fill_dense(*rows, places, x_ng)
+            return
+        given = (tuple(rows), places, x_ng, np.zeros(1, np.int64), self.share)
+        helpers = [self.pool.submit(fill_share, *given) for _ in range(self.threads)]
+        fill_share(*given)
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+
+    def end(self, ends: list[int]) -> list[torch.Tensor]:
+        """Return minibatches that end at these rows."""
+        return [self.x_ng[start:stop] for start, stop in pairwise(ends)]
+
+
+class _Sparse:
+    """Sparse minibatches that are being laid out."""
+
+    def __init__(self, batches: Batches, size: int):
+        self.batches, self.ends, self.filled = batches, np.zeros(size + 1, np.int64), 0
+        self.arrays = batches.room("indices", 0, batches.id_type), batches.room("data", 0, batches.count_type)
+
+    def add(self, rows: Rows, places: np.ndarray) -> None:
+        """Lay out the rows of a window at these places."""
+        ends, b = self.ends[self.filled : self.filled + len(places) + 1], self.batches
+        row_ends(rows.indptr, places, ends)
+        keep, nnz = int(ends[0]), int(ends[-1])
+        # Of a second window: what was laid out of the first stays.
+        self.arrays = b.room("indices", nnz, b.id_type, keep), b.room("data", nnz, b.count_type, keep)
+        gather(*rows, places, ends, *(array.numpy() for array in self.arrays))
+        self.filled += len(places)
+
+    def end(self, ends: list[int]) -> list[Csr]:
+        """Return minibatches that end at these rows."""
+        minibatches = []
+        for start, stop in pairwise(ends):
+            indptr = self.ends[start : stop + 1]
+            begin, end = indptr[0], indptr[-1]
+            arrays = (array[begin:end] for array in self.arrays)
+            minibatches.append(Csr(torch.from_numpy(indptr - begin), *arrays, self.batches.n_vars))
+        return minibatches

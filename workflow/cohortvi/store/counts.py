@@ -209,6 +209,11 @@ class CountsReader:
             if not self.is_own and (twice := sort_rows(ends, indices, data)) >= 0:
                 raise ValueError(f"cell {start + twice} has a gene twice")
 
+    def is_native(self, id_type: np.dtype, count_type: np.dtype) -> bool:
+        """Whether compiled code can do as `ends` and, into arrays of these types, as `read_into` does."""
+        is_same = (self.indices.dtype, self.data.dtype, self.indptr.dtype) == (id_type, count_type, np.int64)
+        return is_same and self.is_own and all(array.is_native for array in (self.indptr, self.indices, self.data))
+
     def read(self, start: int, stop: int) -> Rows:
         """Return rows start:stop in compact types; ValueError if they cannot be what was written."""
         ends = self.ends(start, stop)

@@ -33,6 +33,17 @@ def _prefetch(typingctx: Any, array: Any, index: Any) -> tuple:
     return types.void(array, types.uint64), generate
 
 
+@intrinsic
+def claim(typingctx: Any, claimed: Any) -> tuple:
+    """Return claimed[0] and count it up, so that no other thread gets the same number."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.atomic_rmw("add", data, ir.IntType(64)(1), "monotonic")
+
+    return types.int64(claimed), generate
+
+
 @numba.njit(nogil=True, cache=True)
 def _prefetch_row(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, row: int) -> None:
     at = np.uint64(row)
@@ -150,6 +161,20 @@ def fill_dense(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, rows: 
         else:
             flat[np.int64(first) : np.int64(first + n_vars)] = 0
             _scatter(indptr, indices, data, rows[k], flat, first)
+
+
+@numba.njit(nogil=True, cache=True)
+def fill_share(
+    csr: tuple[np.ndarray, np.ndarray, np.ndarray], rows: np.ndarray, x_ng: np.ndarray, claimed: np.ndarray, share: int
+) -> None:
+    """Do as `fill_dense` with so many rows at a time, which no other thread does, until none is left.
+
+    claimed: shares that threads have taken, (1,) int64.
+    """
+    start = claim(claimed) * share
+    while start < len(rows):
+        fill_dense(*csr, rows[start : start + share], x_ng[start : start + share])
+        start = claim(claimed) * share
 
 
 @numba.njit(nogil=True, cache=True)

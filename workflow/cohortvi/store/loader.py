@@ -5,10 +5,12 @@ minibatches out in recycled memory. Threads live as long as an iteration: one th
 exception, leaves none.
 """
 
-from collections import deque
+import os
+import sys
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,12 +21,13 @@ from cohortvi.store.batches import Batches, Counts
 from cohortvi.store.plan import BLOCK, Epoch, Piece
 from cohortvi.store.sampling import Sampling
 from cohortvi.store.sharded import ShardedCounts
-from cohortvi.store.windows import Memories, Source, Window, Windows
+from cohortvi.store.windows import Memories, Source, Windows
 
 THREAD_NAME = "cohortvi-loader"
+# Small minibatches are laid out together: Python takes its time for each call.
+GROUP_BYTES, GROUP_CELLS = 2**25, 1_024
+NICENESS = 5  # of threads that read, above that of the program
 REMOTE_READERS = 64  # requests under way at once to stores behind URLs, which answer late
-# Minibatches are laid out several at a time, as many as a cache holds: each task has to wait for its turn in Python.
-GROUP_BYTES, GROUP_CELLS = 2**23, 4_096
 
 
 class Minibatch(NamedTuple):
@@ -76,13 +79,13 @@ class Loader:
                 raise ValueError(f"{store.stores[0].path}: {found}; expected some of {', '.join(store.columns)}")
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}: expected a rank from 0 to {world - 1}")
-        self.store, self.columns, self.copy = store, list(columns), copy
+        self.store, self.columns = store, list(columns)
         self.order = {"shuffle": shuffle, "drop_last": drop_last}
-        self.batches = Batches(output, store.n_vars, store.id_type, store.count_type)
+        self.batches = Batches(output, store.n_vars, store.id_type, store.count_type, copy=copy)
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world, self.threads = rank, world, threads
         cells = min(GROUP_CELLS, GROUP_BYTES // self.batches.bytes_of(store.n_entries / max(store.n_obs, 1)))
-        self.group = max(1, cells * world // batch_size)  # minibatches
+        self.group = 1 if copy else max(1, cells * world // batch_size)  # minibatches
         self.drawn = {"where": where, "balance": balance, "weights": weights}
         sampling = Sampling(store, **self.drawn) if any(self.drawn.values()) else None
         self.source, self.memories = Source(store, self.columns, sampling), Memories(store)
@@ -107,61 +110,32 @@ class Loader:
             pools.callback(lambda: windows.release_before(plan.n_windows))
             pool = pools.enter_context(_threads(self.threads))
             readers = pools.enter_context(_threads(REMOTE_READERS)) if self.store.is_remote else pool
-            windows = Windows(self.source, plan, readers, self.memories)
-            for minibatch in self._minibatches(plan, windows, pool):
-                self.step += 1
-                yield minibatch
+            windows = Windows(self.source, plan, readers, self.memories, self.threads)
+            for first in range(self.step, plan.n_steps, self.group):
+                steps = range(first, min(first + self.group, plan.n_steps))
+                pieces = [plan.pieces(step, self.rank, self.world) for step in steps]
+                for minibatch in self._lay_out(pieces, windows, pool):
+                    self.step += 1
+                    yield minibatch
         self.epoch, self.step = plan.epoch + 1, 0
 
-    def _minibatches(self, plan: Epoch, windows: Windows, pool: ThreadPoolExecutor) -> Iterator[Minibatch]:
-        """Yield what is left of the epoch; while one group of minibatches is served, the next ones are laid out."""
-        groups, running = self._groups(plan), deque()
-        group = next(groups, None)
-        while group or running:
-            while group and len(running) < max(2, self.threads):
-                running.append(self._submit(group, windows, pool))
-                group = next(groups, None)
-            first_window, memory, made = running.popleft()
-            for minibatch in made.result():
-                yield minibatch._replace(x_ng=self.batches.copied(minibatch.x_ng)) if self.copy else minibatch
-            self.batches.release(memory)
-            windows.release_before(first_window)
-
-    def _groups(self, plan: Epoch) -> Iterator[list[list[Piece]]]:
-        """Yield the pieces of the steps that are laid out together."""
-        for first in range(self.step, plan.n_steps, self.group):
-            steps = range(first, min(first + self.group, plan.n_steps))
-            yield [plan.pieces(step, self.rank, self.world) for step in steps]
-
-    def _submit(
-        self, group: list[list[Piece]], windows: Windows, pool: ThreadPoolExecutor
-    ) -> tuple[int, Any, Future[list[Minibatch]]]:
-        pieces = [piece for step in group for piece in step]
-        needed = {piece.window: windows.get(piece.window) for piece in pieces}
-        memory = self.batches.take()
-        made = pool.submit(self._lay_out, group, needed, memory)
-        if pieces:
-            windows.read_ahead(pieces[-1])
-        return min(needed, default=0), memory, made
-
-    def _lay_out(self, group: list[list[Piece]], windows: dict[int, Window], memory: Any) -> list[Minibatch]:
-        for window in windows.values():
-            window.wait()
-        parts = [(windows[index], windows[index].order[start:stop]) for index, start, stop in _merged(group)]
+    def _lay_out(self, group: list[list[Piece]], windows: Windows, pool: ThreadPoolExecutor) -> Iterator[Minibatch]:
+        """Yield the minibatches of these pieces; one window after the other, since memory goes to the next but one."""
         sizes = [sum(piece.stop - piece.start for piece in step) for step in group]
-        counts = self.batches.lay_out([(window.rows, places) for window, places in parts], sizes, memory)
-        numbers = _joined([window.numbers[places] for window, places in parts], np.int64)
+        layout = self.batches.begin(sum(sizes), pool, self.threads)
+        numbers, columns = [], []
+        for index, start, stop in _merged(group):
+            window = windows.get(index)
+            layout.add(window.rows, window.order[start:stop])
+            numbers.append(window.numbers[start:stop])
+            columns.append([values[start:stop] for values in window.columns])
+        rows, obs = _joined(numbers, np.int64), {}
+        for index, name in enumerate(self.columns):
+            dtype = np.int64 if name in self.store.categories else np.float32
+            obs[name] = torch.from_numpy(_joined([values[index] for values in columns], dtype)).split(sizes)
         ends = np.cumsum([0, *sizes]).tolist()
-        columns = [self._column(index, parts).split(sizes) for index in range(len(self.columns))]
-        return [
-            Minibatch(x_ng, {name: column[k] for name, column in zip(self.columns, columns, strict=True)}, rows)
-            for k, x_ng in enumerate(counts)
-            for rows in [numbers[ends[k] : ends[k + 1]]]
-        ]
-
-    def _column(self, index: int, parts: list[tuple[Window, np.ndarray]]) -> torch.Tensor:
-        dtype = np.int64 if self.columns[index] in self.store.categories else np.float32
-        return torch.from_numpy(_joined([window.columns[index][places] for window, places in parts], dtype))
+        for k, x_ng in enumerate(layout.end(ends)):
+            yield Minibatch(x_ng, {name: column[k] for name, column in obs.items()}, rows[ends[k] : ends[k + 1]])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on after the last minibatch that was yielded; JSON-able."""
@@ -186,11 +160,18 @@ class Loader:
 
 @contextmanager
 def _threads(number: int) -> Iterator[ThreadPoolExecutor]:
-    pool = ThreadPoolExecutor(number, thread_name_prefix=THREAD_NAME)
+    pool = ThreadPoolExecutor(number, THREAD_NAME, initializer=_step_back)
     try:
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _step_back() -> None:
+    """Let the loop that takes minibatches go first where cores are few. On Linux a thread has a priority of its own."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
 
 
 def _merged(group: list[list[Piece]]) -> list[Piece]:

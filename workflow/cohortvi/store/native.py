@@ -1,7 +1,8 @@
-"""Chunks decoded in compiled code that holds no lock: crc32c, Blosc, Zstandard and running sums, one call for a range.
+"""Chunks decoded in compiled code that holds no lock: crc32c, Blosc, Zstandard and running sums, one call for a range,
+or one a thread for a list of ranges.
 
 Where the C functions (store/libraries.py) are not shown `AVAILABLE` is False, and chunks are decoded one by one through
-Python (store/arrays.py). All loops stand in this file, since numba does not notice that those of others have changed.
+Python (store/arrays.py). All loops stand in this file: numba would not notice that those of others have changed.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from cohortvi.store.kernels import claim
 from cohortvi.store.libraries import LIBRARY
 
 CRC_BYTES = 4
@@ -25,6 +27,25 @@ LANES = 16  # values summed up at once
 HEADER = 16
 BLOCK = HEADER + 8  # where a single block begins: after its place and its length
 SHUFFLED, WHOLE, ZSTD = 0x01, 0x10, 0x80  # flags
+
+# A range of values to be read from one file of checked chunks into the first or second of two arrays (`array` 0 or 1),
+# from place `out` on; `block`: what it belongs to. `path` and `places`: addresses of what `read_chunks` takes.
+JOB = np.dtype(
+    [
+        ("block", np.int64),
+        ("array", np.int64),
+        ("path", np.uint64),
+        ("places", np.uint64),
+        ("n_chunks", np.int64),
+        ("skip", np.int64),
+        ("out", np.int64),
+        ("size", np.int64),
+        ("chunk_bytes", np.int64),
+        ("delta", np.bool_),
+        ("failure", np.int64),
+    ],
+    align=True,
+)
 
 AVAILABLE = LIBRARY is not None
 _crc32c = types.ExternalFunction("cohortvi_crc32c_value", types.uint32(types.voidptr, types.uint64))
@@ -51,6 +72,16 @@ def _address(typingctx: Any, array: Any, index: Any) -> tuple:
         return builder.bitcast(builder.gep(data, [arguments[1]]), context.get_value_type(types.voidptr))
 
     return types.voidptr(array, types.uint64), generate
+
+
+@intrinsic
+def _pointer(typingctx: Any, address: Any) -> tuple:
+    """Return an address as a pointer."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.uint64), generate
 
 
 @numba.njit(nogil=True, cache=True)
@@ -199,9 +230,9 @@ def span(places: np.ndarray) -> tuple[int, int]:
 
 
 @numba.njit(nogil=True, cache=True)
-def read_file(path: np.ndarray, begin: int, raw: np.ndarray) -> bool:
-    """Fill `raw` with the bytes of a file from `begin` on; `path`: its name and a zero. Return whether it could."""
-    descriptor = _open(_address(path, np.uint64(0)), 0)  # to be read
+def read_file(path: int, begin: int, raw: np.ndarray) -> bool:
+    """Fill `raw` with the bytes of a file from `begin` on; `path`: the address of its name. Return whether it could."""
+    descriptor = _open(_pointer(np.uint64(path)), 0)  # to be read
     if descriptor < 0:
         return False
     filled, got = 0, 1
@@ -214,7 +245,7 @@ def read_file(path: np.ndarray, begin: int, raw: np.ndarray) -> bool:
 
 @numba.njit(nogil=True, cache=True)
 def read_chunks(
-    path: np.ndarray,
+    path: int,
     places: np.ndarray,
     skip: int,
     out: np.ndarray,
@@ -273,3 +304,23 @@ def decode_chunks(  # noqa: PLR0913 (called once, from ArrayReader)
                 _run_on(values, 0)
             part[:] = values[first : first + len(part)]
     return 0, OK
+
+
+@numba.njit(nogil=True, cache=True)
+def do_jobs(jobs: np.ndarray, claimed: np.ndarray, context: int, first: np.ndarray, second: np.ndarray) -> None:
+    """Do jobs, of type JOB, those that no other thread has done or is doing, until none is left.
+
+    claimed: the number of jobs that threads have taken, (1,) int64; context: zstd's, of this thread.
+    """
+    k = claim(claimed)
+    while k < len(jobs):
+        job = jobs[k]
+        places = numba.carray(_pointer(job.places), (job.n_chunks, 2), np.uint64)
+        settings = (job.chunk_bytes, context, True, job.delta)
+        if job.array == 0:
+            out = first[job.out : job.out + job.size]
+            _, job.failure = read_chunks(job.path, places, job.skip, out, *settings)
+        else:
+            out = second[job.out : job.out + job.size]
+            _, job.failure = read_chunks(job.path, places, job.skip, out, *settings)
+        k = claim(claimed)

@@ -1,24 +1,21 @@
 """The windows of an epoch: the cells that are mixed, decoded by threads into recycled memory, a window ahead.
 
 While a window is served, the blocks of the next one are decoded, and the row ends of the one after it are read, which
-tell how much memory it needs.
+tell how much memory it needs. So there is memory of two windows, and threads have work as long as one is served.
 """
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
 
+from cohortvi.store.blocks import Blocks
 from cohortvi.store.kernels import take_rows
 from cohortvi.store.layout import Rows
-from cohortvi.store.plan import Epoch, Piece
+from cohortvi.store.plan import Epoch
 from cohortvi.store.sampling import Sampling
 from cohortvi.store.sharded import ShardedCounts
-
-TASK_BLOCKS = 2  # read by one task: each has to wait for its turn in Python
-LEAD = 0.25  # of a window, read earlier than evenly: threads have work while minibatches are taken
 
 
 class Memory:
@@ -35,10 +32,10 @@ class Memory:
         return self.indices[:nnz], self.data[:nnz]
 
 
-class Part(NamedTuple):
-    """What was read of a block: rows, unless they lie in the window's memory; columns of obs; numbers in the store."""
+class Drawn(NamedTuple):
+    """The rows of a block that are drawn: columns of obs, numbers in the store, and weights if there are any."""
 
-    rows: Rows | None
+    rows: Rows
     columns: list[np.ndarray]
     numbers: np.ndarray
     weights: np.ndarray | None
@@ -56,79 +53,82 @@ class Source(NamedTuple):
         """Whether blocks are taken as they lie: all cells, all genes."""
         return self.sampling is None and not self.store.is_mapped
 
-    def read(self, shard: int, start: int, stop: int) -> Part:
-        """Read the cells of a block that are drawn at all."""
-        values = [self.store.column(shard, name, start, stop) for name in self.columns]
+    def read_columns(self, blocks: np.ndarray) -> list[list[np.ndarray]]:
+        """Read columns of obs of blocks."""
+        return [
+            [self.store.column(shard, name, start, stop) for name in self.columns]
+            for shard, start, stop in blocks.tolist()
+        ]
+
+    def draw(self, shard: int, start: int, stop: int) -> Drawn:
+        """Read the rows of a block that are drawn."""
+        columns = [self.store.column(shard, name, start, stop) for name in self.columns]
         numbers = np.arange(start, stop) + self.store.first_rows[shard]
-        if self.is_whole:
-            return Part(None, values, numbers, None)
         rows = self.store.stores[shard].read(start, stop)
         if self.sampling is None:
-            return Part(rows, values, numbers, None)
+            return Drawn(rows, columns, numbers, None)
         weights = self.sampling.weights(shard, start, stop)
         kept = np.flatnonzero(weights)
-        return Part(Rows(*take_rows(*rows, kept)), [part[kept] for part in values], numbers[kept], weights[kept])
+        return Drawn(Rows(*take_rows(*rows, kept)), [part[kept] for part in columns], numbers[kept], weights[kept])
 
 
 class Window:
-    """A window of an epoch. When `wait` has returned: `rows`, numbered through the window's blocks; `columns` of obs;
-    the cells' `numbers` in the store; `order`, in which they are served."""
+    """A window of an epoch. When `wait` has returned: `rows`, numbered through the window's blocks; `order`, in which
+    they are served; in this order, `columns` of obs and the cells' `numbers` in the store."""
 
     def __init__(self, source: Source, plan: Epoch, index: int, pool: ThreadPoolExecutor):
         self.source, self.plan, self.index, self.pool = source, plan, index, pool
-        self.blocks = plan.blocks_of(index).tolist()
-        # Requests behind a URL take long, not much: one a task.
-        ends_at_once, self.at_once = (1, 1) if source.store.is_remote else (len(self.blocks), TASK_BLOCKS)
-        starts = range(0, len(self.blocks), ends_at_once) if source.is_whole else ()
-        self.opened = [pool.submit(self._row_ends, self.blocks[start : start + ends_at_once]) for start in starts]
-        self.ordered = pool.submit(plan.order, index) if source.sampling is None else None
-        self.ends: list[np.ndarray] = []
+        self.blocks = plan.blocks_of(index)
         self.memory: Memory | None = None
-        self.tasks: list[Future[list[Part]]] = []
-        self.lock, self.is_ready = Lock(), False
+        self.tasks: list[Future] = []
+        self.is_begun = self.is_ready = False
+        self.columns_read: list[Future[list[list[np.ndarray]]]] = []
+        if source.is_whole:
+            self.whole = Blocks(source.store, self.blocks, pool)
+            if source.columns:
+                parts = np.array_split(self.blocks, len(self.blocks) if source.store.is_remote else 1)
+                self.columns_read = [pool.submit(source.read_columns, part) for part in parts]
+        self.ordered = pool.submit(plan.order, index) if source.sampling is None else None
 
-    def _row_ends(self, blocks: list[list[int]]) -> list[np.ndarray]:
-        return [self.source.store.stores[shard].ends(start, stop) for shard, start, stop in blocks]
-
-    def read(self, memory: "Memories", share: float = 1.0) -> None:
-        """Have at least this share of the blocks read."""
-        if self.source.is_whole and self.memory is None:
-            self.ends = [ends for part in self.opened for ends in part.result()]
-            self.memory = memory.take()
-            self.first = np.cumsum([0, *(ends[-1] - ends[0] for ends in self.ends)]).tolist()
-            lengths = [np.diff(ends) for ends in self.ends]
-            indptr = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
-            self.rows = Rows(indptr, *self.memory.take(self.first[-1]))
-        while (first := len(self.tasks) * self.at_once) < share * len(self.blocks):
-            blocks = range(first, min(first + self.at_once, len(self.blocks)))
-            self.tasks.append(self.pool.submit(self._read_blocks, blocks))
-
-    def _read_blocks(self, indices: range) -> list[Part]:
-        return [self._read_block(index) for index in indices]
-
-    def _read_block(self, index: int) -> Part:
-        shard, start, stop = self.blocks[index]
-        if self.memory is not None:
-            place = slice(self.first[index], self.first[index + 1])
-            into = (self.rows.indices[place], self.rows.data[place])
-            self.source.store.stores[shard].read_into(start, self.ends[index], *into)
-        return self.source.read(shard, start, stop)
+    def read(self, memories: "Memories", threads: int) -> None:
+        """Have all rows read, in so many threads."""
+        if self.is_begun:
+            return
+        self.is_begun = True
+        if not self.source.is_whole:
+            self.tasks = [self.pool.submit(self.source.draw, *block) for block in self.blocks.tolist()]
+        elif self.whole.opened.exception() is None:
+            self.memory = memories.take()
+            indptr = self.whole.indptr
+            self.rows = Rows(indptr, *self.memory.take(int(indptr[-1])))
+            self.tasks = self.whole.read(self.rows, threads)
 
     def wait(self) -> None:
-        """Return when all blocks are read; raise what went wrong with one."""
-        with self.lock:
-            if self.is_ready:
-                return
-            parts = [part for task in self.tasks for part in task.result()]
-            self.columns = [np.concatenate(values) for values in zip(*(part.columns for part in parts), strict=True)]
-            self.numbers = np.concatenate([part.numbers for part in parts])
-            if self.memory is None:
-                self.rows = _joined([part.rows for part in parts])
-            if self.ordered:
-                self.order = self.ordered.result()
-            else:
-                self.order = self.plan.order(self.index, np.concatenate([part.weights for part in parts]))
-            self.is_ready = True
+        """Return when all rows are read; raise what went wrong with a block."""
+        if self.source.is_whole:
+            self.whole.opened.result()
+        parts = [task.result() for task in self.tasks]
+        if self.source.is_whole:
+            self.whole.check()
+            columns = [values for task in self.columns_read for values in task.result()]
+            _, starts, stops = self.blocks.T
+            shifts = self.source.store.first_rows[self.blocks[:, 0]]
+            numbers = [np.arange(start, stop) for start, stop in zip(starts + shifts, stops + shifts, strict=True)]
+        else:
+            self.rows = _joined([part.rows for part in parts])
+            columns, numbers = [part.columns for part in parts], [part.numbers for part in parts]
+        if self.ordered:
+            self.order = self.ordered.result()
+        else:
+            self.order = self.plan.order(self.index, np.concatenate([part.weights for part in parts]))
+        self.columns = [np.concatenate(values)[self.order] for values in zip(*columns, strict=True)]
+        self.numbers = np.concatenate(numbers)[self.order]
+        self.is_ready = True
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no thread writes to its memory."""
+        return all(task.done() for task in self.tasks)
 
 
 def _joined(parts: list[Rows]) -> Rows:
@@ -155,39 +155,29 @@ class Memories:
 class Windows:
     """The windows of an epoch, asked for in ascending order."""
 
-    def __init__(self, source: Source, plan: Epoch, pool: ThreadPoolExecutor, memories: Memories):
-        """`memories`: what earlier epochs left, and what this one leaves."""
-        self.source, self.plan, self.pool, self.memories = source, plan, pool, memories
+    def __init__(self, source: Source, plan: Epoch, pool: ThreadPoolExecutor, memories: Memories, threads: int):
+        """`memories`: what earlier epochs left, and what this one leaves; `threads`: of the pool, to decode with."""
+        self.source, self.plan, self.pool, self.memories, self.threads = source, plan, pool, memories, threads
         self.open: dict[int, Window] = {}
 
     def get(self, index: int) -> Window:
-        """Return a window of which all blocks are read or being read."""
+        """Return a window when it is read, and have the next one read; those before it are done with."""
         window = self._opened(index)
-        window.read(self.memories)
-        self._opened(index + 1)
+        if not window.is_ready:
+            self.release_before(index)
+            window.read(self.memories, self.threads)
+            following, _ = self._opened(index + 1), self._opened(index + 2)
+            if following is not None:
+                following.read(self.memories, self.threads)
+            window.wait()
         return window
-
-    def read_ahead(self, piece: Piece) -> None:
-        """Have as much of the next window read as of this one is asked for with `piece`, and a bit.
-
-        So reading comes evenly. Not before the window that came before this one has given its memory back: two are
-        enough. Of stores behind URLs all of it is asked for at once, and early, since answers come late.
-        """
-        is_remote = self.source.store.is_remote
-        if min(self.open) < piece.window and not is_remote:
-            return
-        if (window := self._opened(piece.window + 1)) is not None:
-            size = self.plan.window_ends[piece.window + 1] - self.plan.window_ends[piece.window]
-            window.read(self.memories, 1.0 if is_remote else min(1.0, piece.stop / size + LEAD))
-            if is_remote or piece.stop * 2 > size:
-                self._opened(piece.window + 2)
 
     def release_before(self, index: int) -> None:
         """Take back the memory of all windows before this one."""
         for done in [opened for opened in self.open if opened < index]:
             window = self.open.pop(done)
             # A rank may skip a window that was begun, and whose blocks are still being read: that memory is let go.
-            if window.memory is not None and all(task.done() for task in window.tasks):
+            if window.memory is not None and window.is_idle:
                 self.memories.release(window.memory)
 
     def _opened(self, index: int) -> Window | None:
