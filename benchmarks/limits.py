@@ -3,8 +3,8 @@
 Stages, each alone, on one thread and on all cores, by the package's own compiled functions on windows of a store as the
 loader reads them: read (bytes out of the page cache), decode (bytes to row ends, ids and counts), and laying out
 minibatches of 1,024 rows in each output. A thread reads into one buffer and lays out in one, which may stay in its
-caches; the loader's minibatches wait for who looks at them, so that it needs more. The bound of an output is that of
-its stages in turn, all threads at work. Every round times the stages, each the best of three, then the loader.
+caches. The bound of an output is that of its stages in turn, all threads at work. Every round times the stages, each
+the best of three, then the loader.
 """
 
 import argparse
