@@ -41,7 +41,7 @@ Share = Callable[[int, int], None]  # does part k of n of the work of a stage
 
 
 class Call(NamedTuple):
-    """A call of `read_chunks` that the loader would make, and the bytes that it reads."""
+    """A range of a block that the loader would read, as `read_chunks` takes it, and its bytes."""
 
     path: int  # address of its name
     begin: int

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -28,8 +28,9 @@ from cohortvi.store import loader as module
 from cohortvi.store.batches import Csr
 from cohortvi.store.blocks import Blocks
 from cohortvi.store.counts import CountsReader, write_counts
+from cohortvi.store.layout import Rows
 from cohortvi.store.loader import THREAD_NAME, Loader
-from cohortvi.store.plan import Epoch
+from cohortvi.store.plan import Epoch, cut
 from cohortvi.store.sharded import ShardedCounts
 from cohortvi.store.shards import write_shard
 from cohortvi.store.windows import Memories, Window, Windows
@@ -211,9 +212,11 @@ def test_every_output_holds_the_same_counts_in_its_types(source, small_windows, 
     share=st.sampled_from([1, 200, 2**22]),
     by_hand=st.booleans(),
     output=st.sampled_from(["dense", "counts", "csr", "csr_counts"]),
+    world=st.integers(1, 3),
+    step=st.integers(0, 3),
 )
 def test_minibatches_laid_out_together_and_by_several_threads_are_the_same(
-    source, batch_size, block, group, share, by_hand, output
+    source, batch_size, block, group, share, by_hand, output, world, step
 ):
     store, served = ShardedCounts(source.manifests), []
     with pytest.MonkeyPatch.context() as patch:
@@ -222,11 +225,58 @@ def test_minibatches_laid_out_together_and_by_several_threads_are_the_same(
         patch.setattr(batches, "SHARE_BYTES", share)
         if by_hand:
             patch.setattr(CountsReader, "is_native", lambda *types: False)
-        for x_ng, obs, rows in Loader(store, batch_size=batch_size, seed=0, output=output, columns=["age"], threads=2):
-            np.testing.assert_array_equal(as_array(x_ng), source.x[rows])
-            np.testing.assert_array_equal(obs["age"].numpy(), source.age[rows].astype(np.float32))
-            served.append(rows)
-    assert sorted(np.concatenate(served)) == list(range(len(source.x)))
+        common = {"batch_size": batch_size, "seed": 0, "output": output, "columns": ["age"], "threads": 2}
+        plan = module.Epoch(store.sizes, batch_size=batch_size, seed=0, epoch=0)
+        step = min(step, plan.n_steps)
+        for rank in range(world):
+            loader = Loader(store, **common, rank=rank, world=world)
+            loader.load_state_dict({**loader.state_dict(), "step": step})
+            for x_ng, obs, rows in loader:
+                np.testing.assert_array_equal(as_array(x_ng), source.x[rows])
+                np.testing.assert_array_equal(obs["age"].numpy(), source.age[rows].astype(np.float32))
+                served.append(rows)
+    pieces = [piece for k in range(step, plan.n_steps) for piece in plan.pieces(k)]
+    expected = [numbers_of(store, plan, index)[plan.order(index)[start:stop]] for index, start, stop in pieces]
+    empty = np.empty(0, int)
+    assert sorted(np.concatenate([empty, *served])) == sorted(np.concatenate([empty, *expected]))
+
+
+def numbers_of(store: ShardedCounts, plan: Epoch, window: int) -> np.ndarray:
+    """Return the numbers of a window's rows in the store, through its blocks."""
+    blocks = plan.blocks_of(window).tolist()
+    return np.concatenate([np.arange(start, stop) + store.first_rows[shard] for shard, start, stop in blocks])
+
+
+def test_blocks_that_no_thread_read_are_not_taken_for_read(source):
+    store = ShardedCounts(source.manifests[3:4])
+    with ThreadPoolExecutor(1) as pool:
+        blocks = Blocks(store, cut(store.sizes, 20), pool)
+        blocks.opened.result()
+        nnz = int(blocks.indptr[-1])
+        rows = Rows(blocks.indptr, np.full(nnz, 7, store.id_type), np.full(nnz, 7, store.count_type))
+        blocks.stop()
+        for task in blocks.read(rows, 1):
+            task.result()
+    assert len(blocks.jobs)
+    assert (rows.data == 7).all()
+    blocks.check()  # reads them
+    first, stop = sum(SIZES[:3]), sum(SIZES[:4])
+    arrays = (rows.data, rows.indices.astype(int), rows.indptr)
+    np.testing.assert_array_equal(sp.csr_matrix(arrays, (stop - first, 9)).toarray(), source.x[first:stop])
+
+
+@pytest.mark.slow
+def test_without_the_libraries_functions_chunks_are_decoded_through_python(source, tmp_path):
+    code = (
+        "import sys; sys.modules['google_crc32c._crc32c'] = None\n"
+        "from cohortvi import Loader, ShardedCounts; from cohortvi.store import native; assert not native.AVAILABLE\n"
+        "print(sum(float(x_ng.sum()) for x_ng, _, _ in Loader(ShardedCounts(sys.argv[1:]), batch_size=8, seed=0)))"
+    )
+    command = [sys.executable, "-c", code, *map(str, source.manifests)]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(source.x.sum())
 
 
 def test_memory_is_used_again_unless_copies_are_asked_for(source, small_windows, monkeypatch):

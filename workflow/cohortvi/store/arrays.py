@@ -30,6 +30,7 @@ from cohortvi.store.native import (
     BAD_READ,
     CRC_BYTES,
     JOB,
+    NOT_DONE,
     OK,
     decode_chunks,
     read_chunks,
@@ -125,11 +126,12 @@ class ArrayReader:
         files, low = np.divmod(starts, layout.shard)
         high = stops - files * layout.shard
         first = low // layout.chunk
-        for file in np.unique(files).tolist():
-            of_file = files == file
+        for file in np.unique(files[stops > starts]).tolist():
+            of_file = (files == file) & (stops > starts)
             jobs["path"][of_file] = _address(self._path(file))
             jobs["places"][of_file] = _address(self._index(file)) + first[of_file] * PLACE_BYTES
-        jobs["n_chunks"], jobs["skip"] = -(-high // layout.chunk) - first, low - first * layout.chunk
+        n_chunks = np.where(stops > starts, -(-high // layout.chunk) - first, 0)
+        jobs["n_chunks"], jobs["skip"], jobs["failure"] = n_chunks, low - first * layout.chunk, NOT_DONE
         jobs["out"], jobs["size"] = out, np.where(high > layout.shard, -1, high - low)
         jobs["chunk_bytes"], jobs["delta"] = layout.chunk * self.dtype.itemsize, layout.delta
         return jobs

@@ -14,8 +14,6 @@ OUTPUTS = ("dense", "counts", "csr", "csr_counts")
 
 SHARE_BYTES = 2**22  # of dense minibatches, laid out by a thread at a time
 
-Parts = list[tuple[Rows, np.ndarray]]  # rows of windows, and which of them minibatches hold, in order
-
 
 class Csr(NamedTuple):
     """Sparse counts (n, g): indptr (n + 1,) int64, indices ascending in each row, data; `n_vars` is g."""

@@ -64,11 +64,12 @@ class Loader:
         world: int = 1,
         threads: int = 1,
     ):
-        """`batch_size`: cells of all ranks together; `columns`: of obs, to be delivered; `threads`: that read.
+        """`batch_size`: cells of all ranks together; `columns`: of obs, to be delivered; `threads`: beside the caller.
 
         `output`: dense (float32, exact up to 2^24), counts (dense, in the stores' own unsigned type), csr (int32 and
         float32) or csr_counts (uint16 or uint32 ids, counts in the stores' type). x_ng lies in memory that is written
-        anew for the next minibatch; `copy` gives each its own. `drop_last` leaves out cells that fill no minibatch; the
+        anew for the next minibatch, pinned where there is a GPU: wait for a copy of it to end before you ask for that
+        one. `copy` gives each its own. `drop_last` leaves out cells that fill no minibatch; the
         last two share them otherwise. `where`, `balance` and `weights` say which cells an epoch draws
         (store/sampling.py). Errors: ValueError for a column that not all stores have, an output that there is not, or a
         rank outside the world.
@@ -77,6 +78,8 @@ class Loader:
             if name not in store.columns:
                 found = f"column {name!r} is not one that all stores have"
                 raise ValueError(f"{store.stores[0].path}: {found}; expected some of {', '.join(store.columns)}")
+        if threads < 1:
+            raise ValueError(f"threads: found {threads}; expected at least 1")
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}: expected a rank from 0 to {world - 1}")
         self.store, self.columns = store, list(columns)
@@ -106,11 +109,11 @@ class Loader:
         self.store.check_process()
         plan = self._plan(self.epoch)
         with ExitStack() as pools:
-            # Called last, when no thread reads or lays out any more.
-            pools.callback(lambda: windows.release_before(plan.n_windows))
+            pools.callback(lambda: windows.release_before(plan.n_windows))  # called last, when no thread reads any more
             pool = pools.enter_context(_threads(self.threads))
             readers = pools.enter_context(_threads(REMOTE_READERS)) if self.store.is_remote else pool
             windows = Windows(self.source, plan, readers, self.memories, self.threads)
+            pools.callback(windows.stop)  # called first
             for first in range(self.step, plan.n_steps, self.group):
                 steps = range(first, min(first + self.group, plan.n_steps))
                 pieces = [plan.pieces(step, self.rank, self.world) for step in steps]
@@ -186,4 +189,4 @@ def _merged(group: list[list[Piece]]) -> list[Piece]:
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, dtype), *parts])
+    return np.concatenate([np.empty(0, dtype), *parts])  # a copy: who keeps it does not keep the window

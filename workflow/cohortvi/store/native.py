@@ -18,7 +18,7 @@ from cohortvi.store.libraries import LIBRARY
 
 CRC_BYTES = 4
 ABSENT = np.uint64(2**64 - 1)  # offset of a chunk that holds zeros alone and is not stored
-OK, BAD_CRC, BAD_BLOSC, BAD_READ = range(4)
+OK, BAD_CRC, BAD_BLOSC, BAD_READ, NOT_DONE = range(5)
 NOTHING, VALUES, PLANES = range(3)
 LANES = 16  # values summed up at once
 
@@ -29,7 +29,8 @@ BLOCK = HEADER + 8  # where a single block begins: after its place and its lengt
 SHUFFLED, WHOLE, ZSTD = 0x01, 0x10, 0x80  # flags
 
 # A range of values to be read from one file of checked chunks into the first or second of two arrays (`array` 0 or 1),
-# from place `out` on; `block`: what it belongs to. `path` and `places`: addresses of what `read_chunks` takes.
+# from place `out` on; `block`: what it belongs to. `path` and `places`: addresses of what `read_chunks` takes, which
+# ArrayReader keeps; `failure`: NOT_DONE to begin with.
 JOB = np.dtype(
     [
         ("block", np.int64),
@@ -254,7 +255,10 @@ def read_chunks(
     checked: bool,
     delta: bool,
 ) -> tuple[int, int]:
-    """Read consecutive chunks out of a file and do with them as `decode_chunks` does; BAD_READ if it is too short."""
+    """Read consecutive chunks out of a file and do with them as `decode_chunks` does; BAD_READ if it is too short.
+
+    path: the address of its name, which ends with a zero.
+    """
     begin, end = span(places)
     raw = np.empty(end - begin, np.uint8)
     if end and not read_file(path, begin, raw):
@@ -310,7 +314,8 @@ def decode_chunks(  # noqa: PLR0913 (called once, from ArrayReader)
 def do_jobs(jobs: np.ndarray, claimed: np.ndarray, context: int, first: np.ndarray, second: np.ndarray) -> None:
     """Do jobs, of type JOB, those that no other thread has done or is doing, until none is left.
 
-    claimed: the number of jobs that threads have taken, (1,) int64; context: zstd's, of this thread.
+    claimed: the number of jobs that threads have taken, (1,) int64; context: zstd's, of this thread. The arrays differ
+    in type, hence two calls. (numba does not notice here when `claim` changes.)
     """
     k = claim(claimed)
     while k < len(jobs):

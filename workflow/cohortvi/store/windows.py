@@ -83,33 +83,32 @@ class Window:
         self.tasks: list[Future] = []
         self.is_begun = self.is_ready = False
         self.columns_read: list[Future[list[list[np.ndarray]]]] = []
-        if source.is_whole:
-            self.whole = Blocks(source.store, self.blocks, pool)
-            if source.columns:
-                parts = np.array_split(self.blocks, len(self.blocks) if source.store.is_remote else 1)
-                self.columns_read = [pool.submit(source.read_columns, part) for part in parts]
+        self.reads = Blocks(source.store, self.blocks, pool) if source.is_whole else None
+        if self.reads is not None and source.columns:
+            parts = np.array_split(self.blocks, len(self.blocks) if source.store.is_remote else 1)
+            self.columns_read = [pool.submit(source.read_columns, part) for part in parts]
         self.ordered = pool.submit(plan.order, index) if source.sampling is None else None
 
     def read(self, memories: "Memories", threads: int) -> None:
-        """Have all rows read, in so many threads."""
+        """Have all rows read, by compiled code in so many threads."""
         if self.is_begun:
             return
         self.is_begun = True
-        if not self.source.is_whole:
+        if self.reads is None:
             self.tasks = [self.pool.submit(self.source.draw, *block) for block in self.blocks.tolist()]
-        elif self.whole.opened.exception() is None:
+        elif self.reads.opened.exception() is None:
             self.memory = memories.take()
-            indptr = self.whole.indptr
+            indptr = self.reads.indptr
             self.rows = Rows(indptr, *self.memory.take(int(indptr[-1])))
-            self.tasks = self.whole.read(self.rows, threads)
+            self.tasks = self.reads.read(self.rows, threads)
 
     def wait(self) -> None:
         """Return when all rows are read; raise what went wrong with a block."""
-        if self.source.is_whole:
-            self.whole.opened.result()
+        if self.reads is not None:
+            self.reads.opened.result()
         parts = [task.result() for task in self.tasks]
-        if self.source.is_whole:
-            self.whole.check()
+        if self.reads is not None:
+            self.reads.check()
             columns = [values for task in self.columns_read for values in task.result()]
             _, starts, stops = self.blocks.T
             shifts = self.source.store.first_rows[self.blocks[:, 0]]
@@ -123,7 +122,12 @@ class Window:
             self.order = self.plan.order(self.index, np.concatenate([part.weights for part in parts]))
         self.columns = [np.concatenate(values)[self.order] for values in zip(*columns, strict=True)]
         self.numbers = np.concatenate(numbers)[self.order]
-        self.is_ready = True
+        self.is_ready, self.tasks = True, []
+
+    def stop(self) -> None:
+        """Have nothing more read that no thread is reading yet."""
+        if self.reads is not None:
+            self.reads.stop()
 
     @property
     def is_idle(self) -> bool:
@@ -162,11 +166,10 @@ class Windows:
 
     def get(self, index: int) -> Window:
         """Return a window when it is read, and have the next one read; those before it are done with."""
-        window = self._opened(index)
+        window, following, _ = (self._opened(index + ahead) for ahead in range(3))
         if not window.is_ready:
             self.release_before(index)
             window.read(self.memories, self.threads)
-            following, _ = self._opened(index + 1), self._opened(index + 2)
             if following is not None:
                 following.read(self.memories, self.threads)
             window.wait()
@@ -177,8 +180,14 @@ class Windows:
         for done in [opened for opened in self.open if opened < index]:
             window = self.open.pop(done)
             # A rank may skip a window that was begun, and whose blocks are still being read: that memory is let go.
+            window.stop()
             if window.memory is not None and window.is_idle:
                 self.memories.release(window.memory)
+
+    def stop(self) -> None:
+        """Have nothing more read."""
+        for window in self.open.values():
+            window.stop()
 
     def _opened(self, index: int) -> Window | None:
         if index >= self.plan.n_windows:
