@@ -69,10 +69,10 @@ class Loader:
         `output`: dense (float32, exact up to 2^24), counts (dense, in the stores' own unsigned type), csr (int32 and
         float32) or csr_counts (uint16 or uint32 ids, counts in the stores' type). x_ng lies in memory that is written
         anew for the next minibatch, pinned where there is a GPU: wait for a copy of it to end before you ask for that
-        one. `copy` gives each its own. `drop_last` leaves out cells that fill no minibatch; the
-        last two share them otherwise. `where`, `balance` and `weights` say which cells an epoch draws
-        (store/sampling.py). Errors: ValueError for a column that not all stores have, an output that there is not, or a
-        rank outside the world.
+        one. `copy` gives each its own. `drop_last` leaves out cells that fill no minibatch; the last two share them
+        otherwise. `where`, `balance` and `weights` say which cells an epoch draws (store/sampling.py). Errors:
+        ValueError for a column that not all stores have, an output that there is not, a rank outside the world, or no
+        thread.
         """
         for name in columns:
             if name not in store.columns:
