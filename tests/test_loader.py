@@ -176,7 +176,7 @@ def test_memory_that_is_still_written_to_is_not_used_again(source):
         if is_done:
             task.set_result([])
         window = Window.__new__(Window)
-        window.memory, window.tasks = windows.memories.take(), [task]
+        window.memory, window.tasks, window.reads = windows.memories.take(), [task], None
         windows.open[number] = window
     done = windows.open[0].memory
     windows.release_before(2)
@@ -223,6 +223,7 @@ def test_minibatches_laid_out_together_and_by_several_threads_are_the_same(
         patch.setattr(module, "Epoch", partial(Epoch, block=block, window_blocks=2))
         patch.setattr(module, "GROUP_CELLS", group)
         patch.setattr(batches, "SHARE_BYTES", share)
+        patch.setattr(batches, "SPARSE_SHARE_BYTES", share)
         if by_hand:
             patch.setattr(CountsReader, "is_native", lambda *types: False)
         common = {"batch_size": batch_size, "seed": 0, "output": output, "columns": ["age"], "threads": 2}

@@ -1,18 +1,19 @@
 """How a minibatch lies in memory: dense or sparse, as float32 or in the stores' own small types, recycled."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from cohortvi.store.kernels import fill_dense, fill_share, gather, row_ends
+from cohortvi.store.kernels import fill_share, gather_share, row_ends
 from cohortvi.store.layout import Rows
 
 OUTPUTS = ("dense", "counts", "csr", "csr_counts")
 
-SHARE_BYTES = 2**22  # of dense minibatches, laid out by a thread at a time
+SHARE_BYTES, SPARSE_SHARE_BYTES = 2**22, 2**20  # of minibatches, laid out by a thread at a time
 
 
 class Csr(NamedTuple):
@@ -56,7 +57,7 @@ class Batches:
         """
         if self.copy:
             self.memory = {}
-        return _Dense(self, size, pool, threads) if self.is_dense else _Sparse(self, size)
+        return (_Dense if self.is_dense else _Sparse)(self, size, _Helpers(pool, threads))
 
     def room(self, name: str, size: int, dtype: np.dtype, keep: int = 0) -> torch.Tensor:
         """Return room for so many values, the same as before if it is enough; pinned where there is a GPU.
@@ -71,27 +72,35 @@ class Batches:
         return self.memory[name][:size]
 
 
-class _Dense:
-    """Dense minibatches that are being laid out."""
+class _Helpers(NamedTuple):
+    """Threads that may have nothing else to do."""
 
-    def __init__(self, batches: Batches, size: int, pool: ThreadPoolExecutor, threads: int):
-        self.x_ng = batches.room("x", size * batches.n_vars, batches.count_type).view(size, batches.n_vars)
-        self.array, self.filled, self.pool = self.x_ng.numpy(), 0, pool
-        self.share, self.threads = max(1, SHARE_BYTES // batches.bytes_of(0)), threads
+    pool: ThreadPoolExecutor
+    threads: int
 
-    def add(self, rows: Rows, places: np.ndarray) -> None:
-        """Lay out the rows of a window at these places; idle threads of the pool do a share of many."""
-        x_ng = self.array[self.filled : self.filled + len(places)]
-        self.filled += len(places)
-        if len(places) < 2 * self.share:
-            fill_dense(*rows, places, x_ng)
-            return
-        given = (tuple(rows), places, x_ng, np.zeros(1, np.int64), self.share)
-        helpers = [self.pool.submit(fill_share, *given) for _ in range(self.threads)]
-        fill_share(*given)
+    def share(self, kernel: Callable, csr: Rows, rows: np.ndarray, to: Any, cells: int) -> None:
+        """Have a kernel lay out rows, so many cells at a time, by this thread and those that are idle."""
+        given = (tuple(csr), rows, to, np.zeros(1, np.int64), cells)
+        helpers = [self.pool.submit(kernel, *given) for _ in range(self.threads if len(rows) >= 2 * cells else 0)]
+        kernel(*given)
         for helper in helpers:
             if not helper.cancel():
                 helper.result()
+
+
+class _Dense:
+    """Dense minibatches that are being laid out."""
+
+    def __init__(self, batches: Batches, size: int, helpers: _Helpers):
+        self.x_ng = batches.room("x", size * batches.n_vars, batches.count_type).view(size, batches.n_vars)
+        self.array, self.filled, self.helpers = self.x_ng.numpy(), 0, helpers
+        self.cells = max(1, SHARE_BYTES // batches.bytes_of(0))
+
+    def add(self, rows: Rows, places: np.ndarray) -> None:
+        """Lay out the rows of a window at these places."""
+        x_ng = self.array[self.filled : self.filled + len(places)]
+        self.helpers.share(fill_share, rows, places, x_ng, self.cells)
+        self.filled += len(places)
 
     def end(self, ends: list[int]) -> list[torch.Tensor]:
         """Return minibatches that end at these rows."""
@@ -101,8 +110,8 @@ class _Dense:
 class _Sparse:
     """Sparse minibatches that are being laid out."""
 
-    def __init__(self, batches: Batches, size: int):
-        self.batches, self.ends, self.filled = batches, np.zeros(size + 1, np.int64), 0
+    def __init__(self, batches: Batches, size: int, helpers: _Helpers):
+        self.batches, self.helpers, self.ends, self.filled = batches, helpers, np.zeros(size + 1, np.int64), 0
         self.arrays = batches.room("indices", 0, batches.id_type), batches.room("data", 0, batches.count_type)
 
     def add(self, rows: Rows, places: np.ndarray) -> None:
@@ -112,7 +121,9 @@ class _Sparse:
         keep, nnz = int(ends[0]), int(ends[-1])
         # Of a second window: what was laid out of the first stays.
         self.arrays = b.room("indices", nnz, b.id_type, keep), b.room("data", nnz, b.count_type, keep)
-        gather(*rows, places, ends, *(array.numpy() for array in self.arrays))
+        to = (ends, *(array.numpy() for array in self.arrays))
+        cells = max(1, SPARSE_SHARE_BYTES // b.bytes_of((nnz - keep) / max(len(places), 1)))
+        self.helpers.share(gather_share, rows, places, to, cells)
         self.filled += len(places)
 
     def end(self, ends: list[int]) -> list[Csr]:

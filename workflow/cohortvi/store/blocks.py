@@ -83,11 +83,14 @@ class Blocks:
 
     def read(self, rows: Rows, threads: int) -> list[Future[None]]:
         """Have ids and counts read into `rows`, in so many threads; call `check` when the futures are done."""
-        tasks, self.rows = [], rows
-        if len(self.jobs):
-            given = (self.jobs, self.claimed, rows.indices, rows.data)
-            tasks = [self.pool.submit(do_jobs, *given) for _ in range(threads)]
+        self.rows = rows
+        tasks = [self.pool.submit(self.help) for _ in range(threads if len(self.jobs) else 0)]
         return tasks + [self.pool.submit(self._read, index) for index in self.by_hand]
+
+    def help(self) -> None:
+        """Do jobs, in this thread, until none is left that no other has taken."""
+        if len(self.jobs):
+            do_jobs(self.jobs, self.claimed, self.rows.indices, self.rows.data)
 
     def _read(self, index: int) -> None:
         shard, start, _ = self.blocks[index].tolist()

@@ -201,6 +201,22 @@ def gather(
 
 
 @numba.njit(nogil=True, cache=True)
+def gather_share(
+    csr: tuple[np.ndarray, np.ndarray, np.ndarray],
+    rows: np.ndarray,
+    to: tuple[np.ndarray, np.ndarray, np.ndarray],
+    claimed: np.ndarray,
+    share: int,
+) -> None:
+    """Do as `gather`, to (ends, indices, data), as `fill_share` does."""
+    ends, indices, data = to
+    start = claim(claimed) * share
+    while start < len(rows):
+        gather(*csr, rows[start : start + share], ends[start:], indices, data)
+        start = claim(claimed) * share
+
+
+@numba.njit(nogil=True, cache=True)
 def row_ends(indptr: np.ndarray, rows: np.ndarray, ends: np.ndarray) -> None:
     """Write where row rows[k] ends among the entries of the rows before it into ends[k + 1], counted from ends[0]."""
     for k in range(len(rows)):

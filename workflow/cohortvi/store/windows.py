@@ -106,6 +106,7 @@ class Window:
         """Return when all rows are read; raise what went wrong with a block."""
         if self.reads is not None:
             self.reads.opened.result()
+            self.reads.help()  # who waits may as well read
         parts = [task.result() for task in self.tasks]
         if self.reads is not None:
             self.reads.check()
