@@ -169,7 +169,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[128, 1024, 4096])
     parser.add_argument("--outputs", nargs="+", choices=("dense", "csr"), default=["dense", "csr"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--cores", type=int, default=2, help="that every process is pinned to")
     parser.add_argument("--python312", default="python3.12", help="makes the environment of annbatch: 3.12 or later")
     parser.add_argument("--annbatch-python", help="an interpreter that has annbatch, instead of an environment")

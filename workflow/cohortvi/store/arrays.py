@@ -118,7 +118,7 @@ class ArrayReader:
         return native.AVAILABLE and self.folder is not None and is_blosc and self.dtype.kind in "iu"
 
     def jobs(self, starts: np.ndarray, stops: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """Return jobs (native.JOB) that read values starts[k]:stops[k] to place out[k], if the array `is_native`.
+        """Return jobs (n,), native.JOB, that read values starts[k]:stops[k] to place out[k], if the array `is_native`.
 
         Of one that lies in several files the size is -1: it is to be read in another way. Errors: as of `read`.
         """

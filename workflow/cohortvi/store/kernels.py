@@ -4,69 +4,21 @@ They trust their input and check no bounds: what this program writes has passed 
 looked at when it is read. Row pointers are int64 and begin at 0; ids and counts come in any unsigned type.
 """
 
-from typing import Any
-
 import numba
 import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
+
+from cohortvi.store.intrinsics import LINE, claim, prefetch, stream_line
 
 AHEAD = 2  # rows; random rows of a window come out of main memory, and the processor can't foresee them
-LINE = 64  # bytes of a cache line
 WIDE = 16_384  # bytes of a dense row from which on batches outgrow the caches, and are written past them
-
-
-@intrinsic
-def _prefetch(typingctx: Any, array: Any, index: Any) -> tuple:
-    """Have the cache line of array[index] fetched, without waiting for it."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        place = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(8).as_pointer())
-        number = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [place.type, number, number, number])
-        instruction = builder.module.declare_intrinsic("llvm.prefetch", [place.type], kind)
-        builder.call(instruction, [place, number(0), number(3), number(1)])  # to be read, kept in all caches, data
-        return context.get_dummy_value()
-
-    return types.void(array, types.uint64), generate
-
-
-@intrinsic
-def claim(typingctx: Any, claimed: Any) -> tuple:
-    """Return claimed[0] and count it up, so that no other thread gets the same number."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return builder.atomic_rmw("add", data, ir.IntType(64)(1), "monotonic")
-
-    return types.int64(claimed), generate
 
 
 @numba.njit(nogil=True, cache=True)
 def _prefetch_row(indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, row: int) -> None:
     at = np.uint64(row)
     for i in range(np.uint64(indptr[at]), np.uint64(indptr[at + np.uint64(1)]), np.uint64(LINE // 2)):
-        _prefetch(indices, i)
-        _prefetch(data, i)
-
-
-@intrinsic
-def _stream_line(typingctx: Any, to: Any, at: Any, source: Any, begin: Any) -> tuple:
-    """Write LINE bytes, source[begin] and on, to to[at] and on, past the caches; to[at] begins a line."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        to, at, source, begin = arguments
-        line = ir.VectorType(ir.IntType(32), LINE // 4).as_pointer()
-        target = builder.gep(context.make_array(signature.args[0])(context, builder, to).data, [at])
-        origin = builder.gep(context.make_array(signature.args[2])(context, builder, source).data, [begin])
-        value = builder.load(builder.bitcast(origin, line), align=1)
-        store = builder.store(value, builder.bitcast(target, line), align=LINE)
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
-        return context.get_dummy_value()
-
-    return types.void(to, types.uint64, source, types.uint64), generate
+        prefetch(indices, i)
+        prefetch(data, i)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -124,7 +76,7 @@ def _write_row(values: np.ndarray, x: np.ndarray, first: int) -> None:
     for i in range(begin):
         x[first + i] = values[i]
     for i in range(begin, end, line):
-        _stream_line(x, first + i, values, i)
+        stream_line(x, first + i, values, i)
     for i in range(end, n):
         x[first + i] = values[i]
 

@@ -5,22 +5,17 @@ Where the C functions (store/libraries.py) are not shown `AVAILABLE` is False, a
 Python (store/arrays.py). All loops stand in this file: numba would not notice that those of others have changed.
 """
 
-from typing import Any
-
 import numba
 import numpy as np
-from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
-from cohortvi.store.kernels import claim
+from cohortvi.store.intrinsics import LANES, address, claim, pointer, sum_lanes
 from cohortvi.store.libraries import LIBRARY
 
 CRC_BYTES = 4
 ABSENT = np.uint64(2**64 - 1)  # offset of a chunk that holds zeros alone and is not stored
 OK, BAD_CRC, BAD_BLOSC, BAD_READ, NOT_DONE = range(5)
 NOTHING, VALUES, PLANES = range(3)
-LANES = 16  # values summed up at once
 
 # A Blosc chunk: version, version of the format, flags, bytes a value; then, as four bytes each, the least first, its
 # size decoded, that of its blocks, and as it lies. What store/codec.py writes has one block, not split by bytes:
@@ -64,27 +59,6 @@ _pread = types.ExternalFunction("cohortvi_pread", types.int64(types.int32, types
 _close = types.ExternalFunction("cohortvi_close", types.int32(types.int32))
 
 
-@intrinsic
-def _address(typingctx: Any, array: Any, index: Any) -> tuple:
-    """Return the address of array[index]."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return builder.bitcast(builder.gep(data, [arguments[1]]), context.get_value_type(types.voidptr))
-
-    return types.voidptr(array, types.uint64), generate
-
-
-@intrinsic
-def _pointer(typingctx: Any, address: Any) -> tuple:
-    """Return an address as a pointer."""
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.uint64), generate
-
-
 @numba.njit(nogil=True, cache=True)
 def _number(raw: np.ndarray, at: int) -> int:
     """Return the unsigned number of four bytes, the least first."""
@@ -113,13 +87,13 @@ def _unpack(raw: np.ndarray, offset: int, length: int, room: np.ndarray, itemsiz
         return NOTHING
     if _number(raw, offset + np.uint64(12)) != length:
         return NOTHING
-    target = _address(room, np.uint64(0))
+    target = address(room, np.uint64(0))
     if not _is_ours(raw, offset, length, itemsize, size):
-        return VALUES if _blosc_decompress(_address(raw, offset), target, size, 1) == np.int64(size) else NOTHING
+        return VALUES if _blosc_decompress(address(raw, offset), target, size, 1) == np.int64(size) else NOTHING
     begin, block = offset + np.uint64(BLOCK), length - np.uint64(BLOCK)
     if block == size:  # not compressed
         room[:] = raw[np.int64(begin) : np.int64(begin + block)]
-    elif _zstd_decompress(context, target, size, _address(raw, begin), block) != size:
+    elif _zstd_decompress(context, target, size, address(raw, begin), block) != size:
         return NOTHING
     return PLANES
 
@@ -152,49 +126,13 @@ def _sum_planes(planes: np.ndarray, n: int, itemsize: int) -> int:
     return total
 
 
-@intrinsic
-def _sum_lanes(typingctx: Any, planes: Any, low: Any, high: Any, out: Any, at: Any, total: Any) -> tuple:
-    """Write the running sum of LANES differences, begun at `total`, to out[at] and on; return the last one.
-
-    The bytes of the differences are planes[low] and planes[high] and on. One after the other, sums wait for each other:
-    here all lanes add what lies 1, 2, 4 ... lanes before them (Hillis & Steele 1986, Data parallel algorithms).
-    """
-    wide, narrow = (ir.VectorType(ir.IntType(bits), LANES) for bits in (16, 8))
-    number = ir.IntType(32)
-
-    def lanes(indices: Any) -> ir.Constant:
-        return ir.Constant(ir.VectorType(number, LANES), list(indices))
-
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        planes, low, high, out, at, total = arguments
-        source = context.make_array(signature.args[0])(context, builder, planes).data
-        target = context.make_array(signature.args[3])(context, builder, out).data
-
-        def plane(begin: Any) -> Any:
-            place = builder.bitcast(builder.gep(source, [begin]), narrow.as_pointer())
-            return builder.zext(builder.load(place, align=1), wide)
-
-        zeros = ir.Constant(wide, [0] * LANES)
-        values = builder.or_(plane(low), builder.shl(plane(high), ir.Constant(wide, [8] * LANES)))
-        step = 1
-        while step < LANES:
-            before = lanes(k - step if k >= step else LANES for k in range(LANES))
-            values, step = builder.add(values, builder.shuffle_vector(values, zeros, before)), 2 * step
-        begun = builder.insert_element(zeros, total, number(0))
-        values = builder.add(values, builder.shuffle_vector(begun, zeros, lanes([0] * LANES)))
-        builder.store(values, builder.bitcast(builder.gep(target, [at]), wide.as_pointer()), align=2)
-        return builder.extract_element(values, number(LANES - 1))
-
-    return types.uint16(planes, types.uint64, types.uint64, out, types.uint64, types.uint16), generate
-
-
 @numba.njit(nogil=True, cache=True)
 def _sum_pairs(planes: np.ndarray, first: int, out: np.ndarray, total: int) -> None:
     """Write the running sum of two-byte differences from number `first` on, begun at `total`, into `out`."""
     size, start, n = np.uint64(len(planes) // 2), np.uint64(first), np.uint64(len(out))
     last, whole = np.uint16(total), n - n % np.uint64(LANES)
     for k in range(np.uint64(0), whole, np.uint64(LANES)):
-        last = _sum_lanes(planes, start + k, size + start + k, out, k, last)
+        last = sum_lanes(planes, start + k, size + start + k, out, k, last)
     for k in range(whole, n):
         last = np.uint16(last + (np.uint16(planes[start + k]) | np.uint16(planes[size + start + k]) << np.uint16(8)))
         out[k] = last
@@ -233,12 +171,12 @@ def span(places: np.ndarray) -> tuple[int, int]:
 @numba.njit(nogil=True, cache=True)
 def read_file(path: int, begin: int, raw: np.ndarray) -> bool:
     """Fill `raw` with the bytes of a file from `begin` on; `path`: the address of its name. Return whether it could."""
-    descriptor = _open(_pointer(np.uint64(path)), 0)  # to be read
+    descriptor = _open(pointer(np.uint64(path)), 0)  # to be read
     if descriptor < 0:
         return False
     filled, got = 0, 1
     while got > 0 and filled < len(raw):
-        got = _pread(descriptor, _address(raw, np.uint64(filled)), np.uint64(len(raw) - filled), begin + filled)
+        got = _pread(descriptor, address(raw, np.uint64(filled)), np.uint64(len(raw) - filled), begin + filled)
         filled += got
     _close(descriptor)
     return filled == len(raw)
@@ -295,7 +233,7 @@ def decode_chunks(  # noqa: PLR0913 (called once, from ArrayReader)
         offset, length = places[chunk, 0] - np.uint64(begin), places[chunk, 1]
         if checked:
             length -= np.uint64(CRC_BYTES)
-            if _crc32c(_address(raw, offset), length) != _number(raw, offset + length):
+            if _crc32c(address(raw, offset), length) != _number(raw, offset + length):
                 return chunk, BAD_CRC
         found = _unpack(raw, offset, length, room, out.itemsize, context)
         if found == NOTHING:
@@ -315,12 +253,12 @@ def do_jobs(jobs: np.ndarray, claimed: np.ndarray, context: int, first: np.ndarr
     """Do jobs, of type JOB, those that no other thread has done or is doing, until none is left.
 
     claimed: the number of jobs that threads have taken, (1,) int64; context: zstd's, of this thread. The arrays differ
-    in type, hence two calls. (numba does not notice here when `claim` changes.)
+    in type, hence two calls.
     """
     k = claim(claimed)
     while k < len(jobs):
         job = jobs[k]
-        places = numba.carray(_pointer(job.places), (job.n_chunks, 2), np.uint64)
+        places = numba.carray(pointer(job.places), (job.n_chunks, 2), np.uint64)
         settings = (job.chunk_bytes, context, True, job.delta)
         if job.array == 0:
             out = first[job.out : job.out + job.size]

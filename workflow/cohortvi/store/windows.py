@@ -104,23 +104,24 @@ class Window:
 
     def wait(self) -> None:
         """Return when all rows are read; raise what went wrong with a block."""
-        if self.reads is not None:
+        if self.reads is None:
+            drawn = [task.result() for task in self.tasks]
+            self.rows = _joined([part.rows for part in drawn])
+            columns, numbers = [part.columns for part in drawn], [part.numbers for part in drawn]
+        else:
             self.reads.opened.result()
             self.reads.help()  # who waits may as well read
-        parts = [task.result() for task in self.tasks]
-        if self.reads is not None:
+            for task in self.tasks:
+                task.result()
             self.reads.check()
             columns = [values for task in self.columns_read for values in task.result()]
             _, starts, stops = self.blocks.T
             shifts = self.source.store.first_rows[self.blocks[:, 0]]
             numbers = [np.arange(start, stop) for start, stop in zip(starts + shifts, stops + shifts, strict=True)]
-        else:
-            self.rows = _joined([part.rows for part in parts])
-            columns, numbers = [part.columns for part in parts], [part.numbers for part in parts]
         if self.ordered:
             self.order = self.ordered.result()
         else:
-            self.order = self.plan.order(self.index, np.concatenate([part.weights for part in parts]))
+            self.order = self.plan.order(self.index, np.concatenate([part.weights for part in drawn]))
         self.columns = [np.concatenate(values)[self.order] for values in zip(*columns, strict=True)]
         self.numbers = np.concatenate(numbers)[self.order]
         self.is_ready, self.tasks = True, []
