@@ -2,43 +2,42 @@
 
 | ours                                  | scvi-tools 1.4 (`scvi.module.VAE`)                        |
 |---------------------------------------|-----------------------------------------------------------|
-| encoder.hidden.linears.I, .norms.I    | z_encoder.encoder.fc_layers.Layer I.0, .1                 |
+| encoder.hidden.layers.I.linear, .others | z_encoder.encoder.fc_layers.Layer I.0: one matrix      |
+| encoder.hidden.layers.I.norm          | z_encoder.encoder.fc_layers.Layer I.1                     |
 | encoder.loc, encoder.log_variance     | z_encoder.mean_encoder, z_encoder.var_encoder             |
-| decoder.hidden.linears.I, .norms.I    | decoder.px_decoder.fc_layers.Layer I.0, .1                |
+| decoder.hidden.layers.I, as above     | decoder.px_decoder.fc_layers.Layer I.0, .1                |
 | decoder.px_scale                      | decoder.px_scale_decoder.0 (softmax behind both)          |
 | decoder.zi_logits (zinb alone)        | decoder.px_dropout_decoder                                |
 | log_theta, (g,) or (batches, g)       | px_r, (g,) or (g, batches): transposed                    |
 
-The columns of every Linear stand in the same order on both sides: what comes from below, continuous covariates, the
-one-hot batch, the one-hot categories. scvi-tools has more tensors (l_encoder, px_r_decoder, px_dropout_decoder of nb
-and poisson, px_r of poisson) that its loss does not use with observed library sizes; they are left as they are.
+The columns of scvi-tools' Linear are what comes from below, continuous covariates, the one-hot batch and the one-hot
+categories; ours are the first in `linear`, the others, in the same order, in the rows of `others`. scvi-tools has more
+tensors (l_encoder, px_r_decoder, px_dropout_decoder of nb and poisson, px_r of poisson) that its loss does not use with
+observed library sizes; they are left as they are.
 """
 
 import torch
 from torch import Tensor, nn
 
-PREFIXES = (
-    ("encoder.hidden.linears.", "z_encoder.encoder.fc_layers.Layer {}.0"),
-    ("encoder.hidden.norms.", "z_encoder.encoder.fc_layers.Layer {}.1"),
-    ("decoder.hidden.linears.", "decoder.px_decoder.fc_layers.Layer {}.0"),
-    ("decoder.hidden.norms.", "decoder.px_decoder.fc_layers.Layer {}.1"),
-)
+STACKS = {"encoder.hidden.layers.": "z_encoder.encoder", "decoder.hidden.layers.": "decoder.px_decoder"}
 HEADS = {
     "encoder.loc": "z_encoder.mean_encoder",
     "encoder.log_variance": "z_encoder.var_encoder",
     "decoder.px_scale": "decoder.px_scale_decoder.0",
     "decoder.zi_logits": "decoder.px_dropout_decoder",
 }
+PARTS = ("linear.weight_gh", "linear.weight", "others.weight_oh")  # of the one matrix of a layer
 
 
 def scvi_name(name: str) -> str:
-    """Return scvi-tools' name of our parameter or buffer `name`."""
+    """Return scvi-tools' name of our parameter or buffer `name`, or of what it is a part of."""
     if name == "log_theta":
         return "px_r"
-    for ours, theirs in PREFIXES:
+    for ours, theirs in STACKS.items():
         if name.startswith(ours):
             layer, rest = name.removeprefix(ours).split(".", 1)
-            return f"{theirs.format(layer)}.{rest}"
+            kind, last = ("0", "weight") if rest in PARTS else ("1" if "norm" in rest else "0", rest.split(".")[-1])
+            return f"{theirs}.fc_layers.Layer {layer}.{kind}.{last}"
     module, rest = name.rsplit(".", 1)
     return f"{HEADS[module]}.{rest}"
 
@@ -48,10 +47,12 @@ def to_scvi_state(vae: nn.Module) -> dict[str, Tensor]:
 
     Load them by `module.load_state_dict(state, strict=False)`; its `missing_keys` are the unused tensors named above.
     """
-    state = {name: value.detach().clone() for name, value in vae.state_dict().items()}
-    if "log_theta" in state and state["log_theta"].ndim == 2:
-        state["log_theta"] = state["log_theta"].T.contiguous()
-    return {scvi_name(name): value for name, value in state.items()}
+    found: dict[str, Tensor] = {}
+    for name, value in vae.state_dict().items():
+        theirs = scvi_name(name)
+        value = value.T if _is_transposed(name, value) else value
+        found[theirs] = torch.cat([found[theirs], value], dim=1) if theirs in found else value.clone()
+    return found
 
 
 def from_scvi_state(vae: nn.Module, scvi: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,8 +60,17 @@ def from_scvi_state(vae: nn.Module, scvi: dict[str, Tensor]) -> dict[str, Tensor
 
     Errors: KeyError for a name that scvi-tools' side lacks, i.e. for models of other settings.
     """
-    found = {}
+    found, taken = {}, {}
     for name, value in vae.state_dict().items():
         theirs = torch.as_tensor(scvi[scvi_name(name)])
-        found[name] = (theirs.T if name == "log_theta" and value.ndim == 2 else theirs).clone()
+        shape = value.T.shape if _is_transposed(name, value) else value.shape
+        if name.endswith(PARTS):
+            start = taken.get(scvi_name(name), 0)
+            taken[scvi_name(name)] = start + shape[1]
+            theirs = theirs[:, start : start + shape[1]]
+        found[name] = (theirs.T if _is_transposed(name, value) else theirs).clone()
     return found
+
+
+def _is_transposed(name: str, value: Tensor) -> bool:
+    return name.endswith(("weight_gh", "weight_oh")) or (name == "log_theta" and value.ndim == 2)

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cohortvi.inference.networks import Covariates
+from cohortvi.inference.networks import Covariates, observed_library
 from cohortvi.inference.objective import Elbo, elbo, kl_weight
-from cohortvi.inference.vae import VAE, observed_library
+from cohortvi.inference.vae import VAE
 
 HERE = Path(__file__).parent
 GOLDEN = sorted((HERE / "golden").glob("scvi-*.npz"))
@@ -95,7 +95,7 @@ def test_gradients_equal_scvi_tools(path, dtype, tolerance):
     for name, parameter in golden.vae.named_parameters():
         assert relative_error(parameter.grad, expected[name], floor=1e-3 * whole) < tolerance, name
         if dtype == torch.float64:
-            assert relative_error(parameter.grad, expected[name], floor=1e-9) < tolerance, name
+            assert relative_error(parameter.grad, expected[name], floor=1e-8) < tolerance, name
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
@@ -173,7 +173,7 @@ def test_each_batch_has_its_own_dispersion_with_gene_batch():
 def test_a_covariate_with_one_category_adds_no_weights():
     assert small_vae(n_categories=(1,)).state_dict().keys() == small_vae().state_dict().keys()
     alone = VAE(**small_vae().settings | {"n_batches": 1, "n_categories": (1,)})
-    assert alone.decoder.hidden.linears[0].in_features == 3
+    assert alone.decoder.hidden.layers[0].others.weight_oh is None
 
 
 def test_only_zinb_has_a_zero_inflation_head_and_poisson_no_dispersion():

@@ -22,7 +22,7 @@ from cohortvi.files import read_json, replacing
 from cohortvi.inference.checkpoint import load_model
 from cohortvi.inference.covariates import BATCH, Columns, Sheet
 from cohortvi.inference.networks import Covariates
-from cohortvi.inference.prepare import choose_device
+from cohortvi.inference.prepare import choose_device, on_device, output_for
 from cohortvi.inference.vae import VAE
 from cohortvi.store.counts import CountsReader
 from cohortvi.store.layout import quiet
@@ -109,12 +109,14 @@ class _Encoder:
         names = reader.obs.index.to_numpy(dtype=object)
         values = self._covariates(reader) if self.vae.encode_covariates and reader.n_obs else {}
         store = ShardedCounts([reader])
-        for x_ng, _, rows in Loader(store, batch_size=chunk_cells, seed=0, shuffle=False):
-            x_ng, start, stop = x_ng.to(self.device), rows[0], rows[-1] + 1
+        for x, _, rows in Loader(store, batch_size=chunk_cells, seed=0, shuffle=False, output=output_for(self.device)):
+            start, stop = rows[0], rows[-1] + 1
             here = {name: torch.from_numpy(column[start:stop]) for name, column in values.items()}
             # An encoder that is not told the covariates gives new batches a place, too: their code is not looked at.
-            known = self.columns.covariates(here, self.device) if here else Covariates(x_ng.new_zeros(len(x_ng)).long())
-            loc_nk, scale_nk = (value.cpu().numpy() for value in self.vae.encode(x_ng, known))
+            unknown = Covariates(torch.zeros(len(rows), dtype=torch.int64, device=self.device))
+            known = self.columns.covariates(here, self.device) if here else unknown
+            qz = self.vae.encode(on_device(x, self.device), known)
+            loc_nk, scale_nk = (value.cpu().numpy() for value in qz)
             yield Cells(names[start:stop], np.full(stop - start, code), loc_nk, scale_nk)
 
     def _covariates(self, reader: CountsReader) -> dict[str, np.ndarray]:

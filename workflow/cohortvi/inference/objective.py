@@ -5,7 +5,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cohortvi.inference.networks import Covariates
-from cohortvi.inference.vae import VAE, observed_library
+from cohortvi.inference.sparse import Counts
+from cohortvi.inference.vae import VAE
 
 
 class Elbo(NamedTuple):
@@ -21,14 +22,13 @@ class Elbo(NamedTuple):
         return -(self.reconstruction_n + self.kl_n)
 
 
-def elbo(vae: VAE, x_ng: Tensor, covariates: Covariates, noise_nk: Tensor, *, kl_weight: float) -> Elbo:
+def elbo(vae: VAE, x: Counts, covariates: Covariates, noise_nk: Tensor, *, kl_weight: float) -> Elbo:
     """Return the negative ELBO of a minibatch with its terms; counts (n, g), standard normal noise (n, k).
 
     The noise is an argument, so that the bound is a deterministic, differentiable function of model, data and noise.
     """
-    qz = vae.encode(x_ng, covariates)
-    px = vae.decode(qz.sample(noise_nk), observed_library(x_ng), covariates)
-    reconstruction_n = -px.log_prob(x_ng).sum(1)
+    qz = vae.encode(x, covariates)
+    reconstruction_n = vae.reconstruction(x, qz.sample(noise_nk), covariates)
     kl_n = vae.prior.kl(qz)
     return Elbo((reconstruction_n + kl_weight * kl_n).mean(), reconstruction_n, kl_n)
 

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from cohortvi.config import Model
 from cohortvi.files import digest, read_json
+from cohortvi.inference.adam import Adam
 from cohortvi.inference.covariates import BATCH, SAMPLE, Columns, Sheet, moments, number
 from cohortvi.inference.networks import Covariates
 from cohortvi.inference.run import Run
+from cohortvi.inference.sparse import Counts, sparse_counts
 from cohortvi.inference.vae import VAE
+from cohortvi.store import batches
 from cohortvi.store.loader import Loader
 from cohortvi.store.sharded import ShardedCounts
 
@@ -72,15 +75,15 @@ def prepare(
     tables = columns.sheet_tables(sheet, stores[0].categories[SAMPLE])
     names = [name for name in columns.names if name not in tables] + ([SAMPLE] if tables else [])
     _check_match(*stores, names)
-    common = {"seed": seed, "columns": names, "threads": threads}
+    common = {"seed": seed, "columns": names, "output": output_for(device), "threads": threads}
     loader = Loader(stores[0], batch_size=model.batch_size, **common)
     held_out = Loader(stores[1], batch_size=EVALUATED_CELLS, shuffle=False, **common)
     shards = digest([read_json(path) for path in (*train, *validation)])
     seed_torch(seed, INIT, 0)
     vae = build(stores[0], model, columns).to(device)
     # Weight decay is L2 in the gradient, as in scvi-tools. No clipping: in log mu no count makes a gradient explode.
-    options = {"lr": model.learning_rate, "weight_decay": model.weight_decay, "eps": ADAM_EPS}
-    run = Run(vae, torch.optim.Adam(vae.parameters(), fused=True, **options), loader)
+    optimizer = Adam(vae.named_parameters(), weight_decay=model.weight_decay, eps=ADAM_EPS)
+    run = Run(vae, optimizer, loader)
     planned = model.max_epochs * loader.n_steps(0)
     return Setup(model, seed, stores[0], held_out, columns, tables, device, planned, shards), run
 
@@ -144,9 +147,23 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def output_for(device: torch.device) -> str:
+    """Return the output of loaders (store/loader.py) that a model on this device takes fastest."""
+    return "csr" if device.type == "cpu" else "dense"
+
+
+def on_device(x: batches.Counts, device: torch.device) -> Counts:
+    """Return counts of a loader with this output (`output_for`) as models take them, on their device."""
+    return sparse_counts(*x) if isinstance(x, batches.Csr) else x.to(device)
+
+
 def seed_torch(seed: int, use: int, step: int) -> None:
-    """Seed torch's generators (of every device) with the stream of (seed, use, step)."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, use, step]).generate_state(1)[0]))
+    """Seed torch's generators with the stream of (seed, use, step)."""
+    state = int(np.random.SeedSequence([seed, use, step]).generate_state(1)[0])
+    torch.default_generator.manual_seed(state)
+    # Not by torch.manual_seed: where there is no GPU it notes, for every call and for good, what to do when one comes.
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(state)
 
 
 def _check_sizes(train: ShardedCounts, validation: ShardedCounts, model: Model) -> None:

@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from cohortvi.config import EarlyStopping
+from cohortvi.inference.adam import Adam
 from cohortvi.inference.checkpoint import Tensors
 from cohortvi.inference.vae import VAE
 from cohortvi.store.loader import Loader, Minibatch
@@ -26,7 +25,7 @@ class Run:
     """Where training stands. Between two steps it is consistent, and `tensors` with `facts` restore it exactly."""
 
     vae: VAE
-    optimizer: torch.optim.Optimizer
+    optimizer: Adam
     loader: Loader
     step: int = 0
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))  # over the epoch under way
@@ -68,9 +67,7 @@ class Run:
         """Return the tensors of a checkpoint: model.*, best.* by their names, adam.* by those of the parameters."""
         found = {f"model.{name}": value for name, value in self.vae.state_dict().items()}
         found |= {f"best.{name}": value for name, value in self.best_weights.items()}
-        for name, parameter in self.vae.named_parameters():
-            found |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
-        return found
+        return found | {f"adam.{name}": value for name, value in self.optimizer.tensors().items()}
 
     def facts(self) -> dict[str, Any]:
         """Return the rest of a checkpoint, JSON-able."""
@@ -84,9 +81,7 @@ class Run:
         self.vae.load_state_dict(_under("model.", tensors))
         device = next(self.vae.parameters()).device
         self.best_weights = {name: value.to(device) for name, value in _under("best.", tensors).items()}
-        state = {at: _under(f"adam.{name}.", tensors) for at, (name, _) in enumerate(self.vae.named_parameters())}
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.optimizer.restore(_under("adam.", tensors))
 
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:

@@ -22,7 +22,7 @@ from cohortvi.config import Model
 from cohortvi.inference.checkpoint import Checkpoints, Signals
 from cohortvi.inference.covariates import Sheet
 from cohortvi.inference.objective import Elbo, elbo, kl_weight
-from cohortvi.inference.prepare import TRAINING, VALIDATION, Setup, prepare, seed_torch
+from cohortvi.inference.prepare import TRAINING, VALIDATION, Setup, on_device, prepare, seed_torch
 from cohortvi.inference.run import HISTORY, SUMS, Run
 from cohortvi.inference.vae import VAE
 from cohortvi.log import Progress, logger, peak_memory_mb
@@ -75,7 +75,7 @@ def take_step(setup: Setup, run: Run, minibatch: Minibatch) -> str:
     terms, found = terms_of(setup, run, minibatch, (TRAINING, run.step), weight)
     run.optimizer.zero_grad()
     terms.loss.backward()
-    run.optimizer.step()
+    run.optimizer.step(setup.model.learning_rate)
     run.step += 1
     _add(run.sums, found)
     means = "  ".join(f"{name} {found[name] / found['cells']:.2f}" for name in ("loss", "reconstruction", "kl"))
@@ -87,10 +87,10 @@ def terms_of(
 ) -> tuple[Elbo, dict[str, float]]:
     """Return a minibatch's ELBO and the sums of its terms; noise and dropout follow from (seed, stream)."""
     seed_torch(setup.seed, *stream)
-    x_ng = minibatch.x_ng.to(setup.device)
+    n_obs, x = len(minibatch.rows), on_device(minibatch.x_ng, setup.device)
     covariates = setup.covariates(minibatch.obs)
-    noise_nk = torch.randn(len(x_ng), setup.model.n_latent, device=setup.device)
-    terms = elbo(run.vae, x_ng, covariates, noise_nk, kl_weight=weight)
+    noise_nk = torch.randn(n_obs, setup.model.n_latent, device=setup.device)
+    terms = elbo(run.vae, x, covariates, noise_nk, kl_weight=weight)
     # One transfer; in float64, because an epoch's sum over float32 would depend on its length.
     both = torch.stack([terms.reconstruction_n.detach(), terms.kl_n.detach()]).double().sum(1)
     reconstruction, kl = both.tolist()
@@ -102,7 +102,7 @@ def terms_of(
             "Lower models.*.learning_rate, and look at the counts and covariates of these cells."
         )
     loss = reconstruction + weight * kl
-    return terms, {"cells": len(x_ng), "loss": loss, "reconstruction": reconstruction, "kl": kl}
+    return terms, {"cells": n_obs, "loss": loss, "reconstruction": reconstruction, "kl": kl}
 
 
 @torch.inference_mode()

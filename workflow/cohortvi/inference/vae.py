@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cohortvi.inference.fused import Head
 from cohortvi.inference.likelihoods import Likelihood, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from cohortvi.inference.networks import Covariates, Decoder, Encoder, Hidden
+from cohortvi.inference.networks import Covariates, Decoder, Encoder, Hidden, observed_library
 from cohortvi.inference.posteriors import DiagonalGaussian
 from cohortvi.inference.priors import StandardNormal
+from cohortvi.inference.sparse import Counts, dense, is_fused
 
 LIKELIHOODS = ("nb", "zinb", "poisson")
 DISPERSIONS = ("gene", "gene-batch")
@@ -61,10 +63,11 @@ class VAE(nn.Module):
         self.n_latent = n_latent
         self.prior = StandardNormal()
         codes = (n_batches, *n_categories)
-        encoder_codes, n_encoded = (codes, n_continuous) if encode_covariates else ((), 0)
-        encoder = Hidden(n_genes + n_encoded, n_hidden, n_layers, n_categories=encoder_codes, dropout=dropout)
+        told = {"n_categories": codes, "n_continuous": n_continuous}
+        encoded = told if encode_covariates else {"n_categories": (), "n_continuous": 0}
+        encoder = Hidden(n_hidden, n_layers, n_genes=n_genes, dropout=dropout, **encoded)
         # No dropout in the decoder, as in scvi-tools: it would be noise on the likelihood's mean.
-        decoder = Hidden(n_latent + n_continuous, n_hidden, n_layers, n_categories=codes, dropout=0.0)
+        decoder = Hidden(n_hidden, n_layers, n_in=n_latent, dropout=0.0, **told)
         self.encoder = Encoder(n_latent, encoder)
         self.decoder = Decoder(n_genes, decoder, zero_inflated=likelihood == "zinb")
         if likelihood != "poisson":
@@ -72,17 +75,15 @@ class VAE(nn.Module):
             shape = (n_genes,) if dispersion == "gene" else (n_batches, n_genes)
             self.log_theta = nn.Parameter(torch.randn(shape))
 
-    def encode(self, x_ng: Tensor, covariates: Covariates) -> DiagonalGaussian:
+    def encode(self, x: Counts, covariates: Covariates) -> DiagonalGaussian:
         """Return q(z | x), (n, k), of counts (n, g). Without encode_covariates the covariates do not matter."""
-        h_nd, codes = torch.log1p(x_ng), ()
         if self.encode_covariates:
-            h_nd, codes = _with_continuous(h_nd, covariates), (covariates.batch_n, *covariates.categories)
-        return DiagonalGaussian(*self.encoder(h_nd, codes))
+            return DiagonalGaussian(*self.encoder(x, _codes(covariates), covariates.continuous_nc))
+        return DiagonalGaussian(*self.encoder(x, (), None))
 
     def decode(self, z_nk: Tensor, library_n1: Tensor, covariates: Covariates) -> Likelihood:
         """Return p(x | z) of cells with `library_n1` UMI over the model's genes; z (n, k) -> parameters (n, g)."""
-        codes = (covariates.batch_n, *covariates.categories)
-        log_px_scale_ng, zi_logits_ng = self.decoder(_with_continuous(z_nk, covariates), codes)
+        log_px_scale_ng, zi_logits_ng = self.decoder(self._hidden(z_nk, covariates))
         log_px_rate_ng = library_n1.log() + log_px_scale_ng
         if self.likelihood == "poisson":
             return Poisson(log_px_rate_ng)
@@ -91,19 +92,25 @@ class VAE(nn.Module):
             return NegativeBinomial(log_px_rate_ng, log_theta)
         return ZeroInflatedNegativeBinomial(log_px_rate_ng, log_theta, zi_logits_ng)
 
+    def reconstruction(self, x: Counts, z_nk: Tensor, covariates: Covariates) -> Tensor:
+        """Return -log p(x | z) of each cell, (n,), at its observed library; counts (n, g), z (n, k)."""
+        library_n1 = observed_library(x)
+        if not is_fused(x, z_nk):
+            return -self.decode(z_nk, library_n1, covariates).log_prob(dense(x, z_nk.dtype)).sum(1)
+        log_theta, rows_n = None, covariates.batch_n
+        if self.likelihood != "poisson":
+            log_theta = self.log_theta if self.dispersion == "gene-batch" else self.log_theta[None]
+            rows_n = rows_n if self.dispersion == "gene-batch" else torch.zeros_like(rows_n)
+        heads = [tensor for head in self.decoder.heads for tensor in (head.weight, head.bias)]
+        h_nh = self._hidden(z_nk, covariates)
+        return Head.apply(x, torch.is_grad_enabled(), rows_n, h_nh, library_n1[:, 0].log(), log_theta, *heads)
 
-def observed_library(x_ng: Tensor) -> Tensor:
-    """Return the UMI of each cell over the model's genes, (n, g) -> (n, 1).
-
-    At least 1: a cell that has none of the selected genes would have mean 0 everywhere and log 0 in its likelihood.
-    """
-    return x_ng.sum(1, keepdim=True).clamp(min=1)
+    def _hidden(self, z_nk: Tensor, covariates: Covariates) -> Tensor:
+        return self.decoder.hidden(z_nk, _codes(covariates), covariates.continuous_nc)
 
 
-def _with_continuous(h_nd: Tensor, covariates: Covariates) -> Tensor:
-    if covariates.continuous_nc is None:
-        return h_nd
-    return torch.cat([h_nd, covariates.continuous_nc], dim=1)
+def _codes(covariates: Covariates) -> tuple[Tensor, ...]:
+    return (covariates.batch_n, *covariates.categories)
 
 
 def _check(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -1,0 +1,113 @@
+"""The loops of first_layer.py and heads.py as functions that torch differentiates: sparse counts, float32, on CPUs.
+
+Each equals plain torch on the dense counts (networks.py, likelihoods.py): tests/test_fused.py holds losses to 1e-6 and
+gradients to 1e-5.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from cohortvi.inference import first_layer
+from cohortvi.inference import heads as compiled
+from cohortvi.inference.sparse import SparseCounts, share_threads
+
+FIRST_HEAD = 6  # argument of Head
+
+
+class CountsProduct(Function):
+    """log1p of sparse counts (n, g) times a matrix (g, h), plus a bias (h,)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: SparseCounts, weight_gh: Tensor, bias_h: Tensor) -> Tensor:
+        """Return (n, h)."""
+        out_nh = torch.empty(len(x.indptr) - 1, weight_gh.shape[1])
+        share_threads()
+        first_layer.spmm(*_arrays(x.indptr, x.indices, x.log1p, weight_gh, bias_h, out_nh))
+        ctx.sparse, ctx.shape = (x.indptr, x.indices, x.log1p), weight_gh.shape
+        return out_nh
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_nh: Tensor) -> tuple[None, Tensor, Tensor]:
+        """Return the gradients of weight and bias."""
+        dweight_gh = torch.zeros(ctx.shape)
+        first_layer.spmm_backward(*_arrays(*ctx.sparse, dout_nh.contiguous(), dweight_gh), share_threads())
+        return None, dweight_gh, dout_nh.sum(0)
+
+
+class Head(Function):
+    """Minus the log-likelihood (n,) of sparse counts, out of the decoder's last hidden layer (n, h).
+
+    One function from the hidden layer to the likelihood: the block of (n, g) logits is made once, and turned into its
+    gradient where it lies.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: SparseCounts,
+        is_trained: bool,
+        rows_n: Tensor | None,
+        h_nh: Tensor,
+        log_library_n: Tensor,
+        log_theta: Tensor | None,
+        *heads: Tensor,
+    ) -> Tensor:
+        """`heads`: weight (g, h) and bias (g,) of px_scale, and those of zi_logits for a ZINB.
+
+        log_theta (r, g), of which cell n has row rows_n[n]; None for a Poisson. `is_trained`: gradients are made.
+        """
+        given = (h_nh, log_library_n, log_theta, *heads)
+        nll_n, *grads = _head(x, rows_n, given, torch.ones(len(h_nh)), is_trained=is_trained)
+        ctx.x, ctx.rows_n = x, rows_n
+        ctx.save_for_backward(*given)
+        ctx.grads = grads
+        return nll_n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dnll_n: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients. Those at hand are of the cells' sum; cells of unequal weight are gone through anew."""
+        given = ctx.saved_tensors
+        h_nh, _, _, *heads = given
+        scale, logits, (dlibrary_n, dtheta) = dnll_n[0], *ctx.grads
+        if not torch.equal(dnll_n, scale.expand_as(dnll_n)):
+            _, logits, (dlibrary_n, dtheta) = _head(ctx.x, ctx.rows_n, given, dnll_n.contiguous(), is_trained=True)
+            scale = torch.ones(())
+        dh_nh, dheads = torch.zeros_like(h_nh), []
+        scaled_nh = h_nh * scale
+        for k, (dlogits_ng, weight_gh) in enumerate(zip(logits, heads[::2], strict=True)):
+            is_fixed = not ctx.needs_input_grad[FIRST_HEAD + 2 * k]
+            dheads += [None, None] if is_fixed else [dlogits_ng.T @ scaled_nh, dlogits_ng.sum(0) * scale]
+            dh_nh.addmm_(dlogits_ng, weight_gh)
+        dtheta = None if dtheta is None else dtheta.sum(0) * scale
+        return None, None, None, dh_nh * scale, dlibrary_n * scale, dtheta, *dheads
+
+
+def _head(
+    x: SparseCounts, rows_n: Tensor | None, given: tuple[Tensor | None, ...], weights_n: Tensor, *, is_trained: bool
+) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor | None]]:
+    """Return nll (n,), the gradients of the logits, and those of log_library and log_theta (parts, r, g)."""
+    h_nh, log_library_n, log_theta, *heads = given
+    logits = [torch.addmm(bias_g, h_nh, weight_gh.T) for weight_gh, bias_g in zip(heads[::2], heads[1::2], strict=True)]
+    nll_n, dlibrary_n, dtheta = torch.empty(len(h_nh)), torch.empty(len(h_nh)), None
+    csr, cells = _arrays(x.indptr, x.indices, x.data), _arrays(log_library_n, weights_n)
+    out, threads = _arrays(nll_n, dlibrary_n), share_threads()
+    if log_theta is None:
+        compiled.poisson_head(*_arrays(*logits), csr, cells, out, threads, is_trained)
+    else:
+        dtheta = torch.zeros(threads, *log_theta.shape)
+        dispersion = _arrays(log_theta, rows_n, dtheta)
+        if len(logits) == 1:
+            compiled.nb_head(*_arrays(*logits), csr, cells, out, dispersion, is_trained)
+        else:
+            compiled.zinb_head(_arrays(*logits), csr, cells, out, dispersion, is_trained)
+    return nll_n, logits, (dlibrary_n, dtheta)
+
+
+def _arrays(*tensors: Tensor) -> tuple[Any, ...]:
+    return tuple((tensor.detach() if tensor.requires_grad else tensor).numpy() for tensor in tensors)

@@ -1,0 +1,58 @@
+"""Counts of a minibatch, dense or as the sparse rows that the compiled loops take."""
+
+import threading
+from typing import NamedTuple
+
+import numba
+import torch
+from torch import Tensor
+
+from cohortvi.inference import first_layer
+
+
+class SparseCounts(NamedTuple):
+    """Counts (n, g) as CSR on a CPU, with what is made of them once; `sparse_counts` makes one."""
+
+    indptr: Tensor  # (n + 1,) int64
+    indices: Tensor  # int32, ascending in a row
+    data: Tensor  # float32
+    n_genes: int
+    log1p: Tensor  # of data
+    library_n: Tensor  # sum of each row
+
+
+Counts = Tensor | SparseCounts
+
+_shared = threading.local()  # numba's number of threads, which each thread has its own of, as last set
+
+
+def sparse_counts(indptr: Tensor, indices: Tensor, data: Tensor, n_genes: int) -> SparseCounts:
+    """Return the counts of a CSR matrix; types as in SparseCounts."""
+    log1p, library_n = torch.empty_like(data), torch.empty(len(indptr) - 1)
+    share_threads()
+    first_layer.log1p_and_library(indptr.numpy(), data.numpy(), log1p.numpy(), library_n.numpy())
+    return SparseCounts(indptr, indices, data, n_genes, log1p, library_n)
+
+
+def dense(x: Counts, dtype: torch.dtype) -> Tensor:
+    """Return counts as (n, g), sparse ones in this type."""
+    if not isinstance(x, SparseCounts):
+        return x
+    shape = (len(x.indptr) - 1, x.n_genes)
+    return torch.sparse_csr_tensor(x.indptr, x.indices.long(), x.data.to(dtype), shape).to_dense()
+
+
+def is_fused(x: Counts, weight: Tensor) -> bool:
+    """Whether compiled loops take these counts: sparse ones, to weights in single precision on a CPU."""
+    return isinstance(x, SparseCounts) and weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+
+def share_threads() -> int:
+    """Let the compiled loops run on as many threads as torch does; return how many these are."""
+    threads = torch.get_num_threads()
+    if getattr(_shared, "threads", None) != threads:
+        _shared.threads, _shared.compiled = threads, min(threads, numba.config.NUMBA_NUM_THREADS)
+        numba.set_num_threads(_shared.compiled)
+        # The first call starts numba's threads, and tells OpenMP, which is torch's too, that there are so many.
+        torch.set_num_threads(threads)
+    return _shared.compiled
