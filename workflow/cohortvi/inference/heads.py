@@ -24,7 +24,8 @@ from numba.core import types
 from numba.extending import intrinsic
 
 f32, f64, i32 = np.float32, np.float64, np.int32  # in compiled code `float` leaves single precision as it is
-ONE, HALF = f32(1), f32(0.5)
+ONE, HALF, THIRD, QUARTER = f32(1), f32(1 / 2), f32(1 / 3), f32(1 / 4)
+SMALL = f32(0.05)  # below, four terms of a series are exact to single precision
 
 # Cephes' expf and logf (Moshier 1984-2000): range reduction by powers of two, then a polynomial.
 LOG2_E, LN2_HIGH, LN2_LOW = f32(1.44269504088896), f32(0.693359375), f32(-2.12194440e-4)
@@ -88,6 +89,13 @@ def log1p(x: float, inverse: float) -> float:
     """log(1 + x) for x >= 0, given `inverse` = 1 / (1 + x): what 1 + x rounds off is put back to first order."""
     y = ONE + x
     return log(y) + (x - (y - ONE)) * inverse
+
+
+@numba.njit(inline="always")
+def decayed(t: float, v: float) -> float:
+    """1 - e^-t for t >= 0, given v = e^-t: of a small t by its series, for 1 - v has no digits."""
+    series = t * (ONE - t * (HALF - t * (THIRD * HALF - t * (QUARTER * THIRD * HALF))))
+    return series if t < SMALL else ONE - v
 
 
 @numba.njit(nogil=True)
@@ -280,7 +288,7 @@ def _zinb_row(
         both, alone = ONE / (inflated + counted), ONE / (ONE + u)
         c[g] = counted * both  # the probability that the zero is one of the NB's
         a[g], ll[g] = c[g] * p[g], log(alone * (inflated + counted))
-        pi[g], zi[g] = inflated * alone, inflated * (alone - both)
+        pi[g], zi[g] = inflated * alone, -u * alone * both * decayed(t[g], v)
     for j in range(len(ids)):
         g, x = ids[j], f64(counts[j])
         i = ONE / (ONE + e[g] * scale * inverse_theta[g])
