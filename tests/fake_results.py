@@ -8,7 +8,9 @@ import pandas as pd
 import yaml
 
 from cohortvi.cohort.sheet import file_name
+from cohortvi.config import Gap, build
 from cohortvi.files import write_json, write_table
+from cohortvi.inference.gap_summary import summary
 from cohortvi.report.inputs import ReportInputs
 
 CONFIG = Path(__file__).parents[1] / "config/config.yaml"
@@ -151,6 +153,7 @@ def _model(folder: Path, model: str, every: pd.DataFrame, fake: Fake, rng: np.ra
     write_table(history, folder / "history.parquet")
     write_json(_facts(model, history, best, kept, fake), folder / "model.json")
     write_table(_markers(k, fake, rng), folder / "markers.parquet")
+    _gap(folder, kept, rng)
     write_json(_metrics(counts, fake, rng), folder / "metrics.json")
 
 
@@ -189,6 +192,37 @@ def _facts(model: str, history: pd.DataFrame, best: int, kept: pd.DataFrame, fak
         "best_validation_elbo": float(history["validation_elbo"].iloc[best - 1]),
         "versions": {"python": "3.11.7", "torch": "2.13.0", "numpy": "2.4.6"},
     }
+
+
+def _gap(folder: Path, kept: pd.DataFrame, rng: np.random.Generator) -> None:
+    chosen = kept.iloc[np.sort(rng.choice(len(kept), min(len(kept), 600), replace=False))]
+    n = len(chosen)
+    elbo, amortized, approximate = rng.normal(-620, 90, n), rng.gamma(2, 0.6, n), rng.gamma(3, 0.2, n)
+    split = np.where(rng.random(n) < 0.5, "train", "validation")
+    columns = {"cell": chosen.index, "split": split, "sample": chosen["sample"].to_numpy(object), "row": np.arange(n)}
+    columns |= {"batch": chosen["batch"].to_numpy(object), "n_counts": chosen["total_counts"].to_numpy(), "elbo": elbo}
+    columns |= {"elbo_mean_field": elbo + amortized, "elbo_full": elbo + amortized + approximate / 2}
+    log_p = elbo + amortized + approximate
+    columns |= {"log_p_encoder": log_p - 0.1, "log_p": log_p, "log_p_error": 0.03}
+    columns |= {"inference_gap": log_p - elbo, "approximation_gap": approximate, "amortization_gap": amortized}
+    columns |= {"approximation_gap_full": approximate / 2, "ess_encoder": rng.uniform(10, 200, n)}
+    columns |= {
+        "ess": rng.uniform(200, 700, n),
+        "khat_encoder": rng.normal(0.7, 0.2, n),
+        "khat": rng.normal(0.4, 0.2, n),
+    }
+    table = pd.DataFrame(columns)
+    level = float(elbo.mean())
+    curves = [
+        {"split": split, "proposal": proposal, "draws": 10**i, "bound": level + loss * (1 - 0.5**i)}
+        for split in ("train", "validation")
+        for proposal, loss in (("encoder", 1.5), ("refined", 0.5))
+        for i in range(4)
+    ]
+    latent = {"kl": rng.gamma(1, 0.8, 10).tolist(), "variance": rng.uniform(0, 1, 10).tolist()}
+    settings = build(Gap, yaml.safe_load(CONFIG.read_text())["gap"])
+    write_table(table, folder / "gap.parquet")
+    write_json(summary(table, curves, latent, settings), folder / "gap.json")
 
 
 def _markers(k: int, fake: Fake, rng: np.random.Generator) -> pd.DataFrame:

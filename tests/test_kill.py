@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 # The rules in the order in which they run, so that every restart gets further than the one before, and the same rules
 # in the order in which they are chosen: those first that have most to lose.
 WALK = ["simulate", "qc", "extract", "gene_moments", "gene_fit", "gene_variance", "select_genes", "shard",
-        "train", "embed", "neighbors", "cluster", "layout", "cells", "markers", "metrics", "atlas", "ledger",
+        "train", "gap", "embed", "neighbors", "cluster", "layout", "cells", "markers", "metrics", "atlas", "ledger",
         "report"]  # fmt: skip
 RULES = ["train", "shard", "atlas", *(rule for rule in WALK if rule not in ("train", "shard", "atlas"))]
 

@@ -38,6 +38,7 @@ def values(thresholds: dict, **sections) -> dict:
         "genes": {"n_top": 1000, "span": 0.5},
         "store": {"shards": 2},
         "models": {"nb": {"max_epochs": 15}},
+        "gap": {"cells": 100, "steps": 50, "draws": 100},
         "atlas": {"metrics": {"truth": None}},
         "report": {"color_by": []},
     }

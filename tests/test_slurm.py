@@ -22,7 +22,7 @@ pytestmark = [
 COMMAND = [
     sys.executable, "-m", "snakemake", "--profile", "slurm", "--slurm-init-seconds-before-status-checks", "5",
     "--slurm-status-command", "squeue", "--latency-wait", "10", "--jobs", "4",
-    "--set-resources", "train:slurm_partition=gpu", "embed:slurm_partition=gpu",
+    "--set-resources", "train:slurm_partition=gpu", "gap:slurm_partition=gpu", "embed:slurm_partition=gpu",
 ]  # fmt: skip
 
 

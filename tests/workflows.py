@@ -34,12 +34,13 @@ TINY = {
     "qc": {"gate": {"min_cells": 20, "min_median_genes": 10}, "doublets": {"min_cells": 50}},
     "store": {"shards": 2},
     "models": {"nb": {"max_epochs": 4, "n_hidden": 32}},
+    "gap": {"cells": 50, "steps": 30, "draws": 100},
     "atlas": {"clusters": {"resolutions": [0.5], "shown": 0.5}},
     "report": {"color_by": ["donor"]},
 }
 
 # The jobs that gather the whole cohort.
-GATHER = {"select_genes": 1, "train": 1, "embed": 1, "neighbors": 1, "cluster": 1, "layout": 1, "cells": 1,
+GATHER = {"select_genes": 1, "train": 1, "gap": 1, "embed": 1, "neighbors": 1, "cluster": 1, "layout": 1, "cells": 1,
           "markers": 1, "metrics": 1, "atlas": 1, "ledger": 1, "report": 1}  # fmt: skip
 
 

@@ -113,6 +113,28 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Limit:
+    warn: float | None
+    fail: float | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    amortization_gap: Limit
+    amortization_gap_p99: Limit
+    encoder_overfit: Limit
+    unreliable_share: Limit
+
+
+@dataclass(frozen=True)
+class Gap:
+    cells: int
+    steps: int
+    draws: int
+    limits: Limits
+
+
+@dataclass(frozen=True)
 class Neighbors:
     n_neighbors: int
 
@@ -179,6 +201,7 @@ class Config:
     genes: Genes
     store: Store
     models: dict[str, Model]
+    gap: Gap
     atlas: Atlas
     report: Report
     simulate: Simulate

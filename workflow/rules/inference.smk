@@ -1,16 +1,13 @@
 # The mathematics: amortized variational inference over the shuffled shards.
+SHARDS_OF = {
+    split: [f"results/store/shards/{name}.json" for name in SHARDS if name.startswith(split)] for split in SPLITS
+}
 
 
 rule train:
     input:
-        train=expand(
-            "results/store/shards/{shard}.json",
-            shard=[name for name in SHARDS if name.startswith("train")],
-        ),
-        validation=expand(
-            "results/store/shards/{shard}.json",
-            shard=[name for name in SHARDS if name.startswith("validation")],
-        ),
+        train=SHARDS_OF["train"],
+        validation=SHARDS_OF["validation"],
     output:
         model="results/models/{model}/model.safetensors",
         facts="results/models/{model}/model.json",
@@ -35,6 +32,36 @@ rule train:
         code=code("train"),
     script:
         "../../scripts/train.py"
+
+
+rule gap:
+    input:
+        model="results/models/{model}/model.safetensors",
+        facts="results/models/{model}/model.json",
+        train=SHARDS_OF["train"],
+        validation=SHARDS_OF["validation"],
+        counts=of_samples("results/store/counts/{sample}.json"),
+    output:
+        cells="results/models/{model}/gap.parquet",
+        facts="results/models/{model}/gap.json",
+    log:
+        "logs/gap/{model}.log",
+    benchmark:
+        "benchmarks/out/gap/{model}.tsv"
+    conda:
+        "../../envs/gpu.yaml"
+    threads: 2
+    resources:
+        mem_mb=memory(3000),
+        runtime=minutes(4 * 60),
+        gpu=1,
+    params:
+        config=config["gap"],
+        covariates=lambda wildcards: sections.sheet_covariates(CONFIG.models[wildcards.model], sheet),
+        seed=config["seed"],
+        code=code("gap"),
+    script:
+        "../../scripts/gap.py"
 
 
 rule embed:

@@ -17,6 +17,8 @@ rule report:
             file=[
                 "history.parquet",
                 "model.json",
+                "gap.json",
+                "gap.parquet",
                 "clusters.parquet",
                 "layout.parquet",
                 "cells.parquet",

@@ -29,7 +29,7 @@ from cohortvi.store.sharded import ShardedCounts
 # seeds 0 and 1: -437.67 and -437.00 with 0.01; -437.84 and -437.31 with 1e-8, which fits the training cells closer.
 ADAM_EPS = 0.01
 EVALUATED_CELLS = 1024  # cells at a time in validation
-INIT, TRAINING, VALIDATION = range(3)  # uses of random numbers, each with its own stream
+INIT, TRAINING, VALIDATION, GAP = range(4)  # uses of random numbers, each with its own stream
 
 
 @dataclass(frozen=True)

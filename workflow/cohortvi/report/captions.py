@@ -44,6 +44,26 @@ TRAINING = (
     "ELBO and were kept.{first}"
 )
 FIRST_EPOCH = " The axes span all epochs but the first."
+GAPS = (
+    "Over {held} held-out and {trained} training cells, with the decoder fixed; best: the diagonal or full-covariance "
+    "Gaussian of largest ELBO for each cell alone; log p(x): by importance sampling. Amortization gap: what the shared "
+    "encoder costs against the best diagonal. Approximation gap: what a Gaussian costs against the true posterior. "
+    "Inference gap: both (Cremer, Li, Duvenaud 2018). Sample size: the effective one of gap.draws draws."
+)
+GAP_FIGURE = (
+    "First: importance-weighted bounds (Burda et al. 2016), which rise to log p(x) with the number of draws, by the "
+    "encoder's posterior and by the refined one as proposal. Second: training cells filled, held-out cells as a line; "
+    "a line further right says that the encoder is fitted to the training cells. Third: dimensions of hardly any KL "
+    "are not used; {active} vary over the cells."
+)
+LIMITS = (
+    "Of gap.limits. k-hat: Pareto shape of the largest importance weights of the refined proposal (Vehtari et al.)."
+)
+
+GAP_GROUPS = (
+    "Held-out cells by sample, batch and kept columns, at least 5 each. A group far above the others is one that the "
+    "encoder has hardly seen: refine it, or train again with it."
+)
 MAPS = (
     "{which}, laid out by UMAP of the neighbour graph in the latent space and drawn in random order. The axes have "
     "no unit; distances between groups mean little. Numbers stand at the median of their cluster's "

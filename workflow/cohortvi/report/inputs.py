@@ -36,12 +36,15 @@ class ModelFiles:
     cells: Path
     markers: Path
     metrics: Path
+    gap: Path
+    gap_cells: Path
 
     @classmethod
     def within(cls, folder: Path) -> "ModelFiles":
         """Return the files of results/models/{model}."""
-        tables = ("history", "clusters", "layout", "cells", "markers")
-        return cls(folder / "model.json", *(folder / f"{name}.parquet" for name in tables), folder / "metrics.json")
+        tables = (folder / f"{name}.parquet" for name in ("history", "clusters", "layout", "cells", "markers"))
+        gap = folder / "gap.json", folder / "gap.parquet"
+        return cls(folder / "model.json", *tables, folder / "metrics.json", *gap)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The sections of one model: training, maps, composition of the clusters, markers."""
+"""The sections of one model: training, trust, maps, composition of the clusters, markers."""
 
 from collections.abc import Mapping
 
@@ -11,6 +11,7 @@ from cohortvi.report.inputs import ModelFiles, cross, draw_rows, read_columns, r
 from cohortvi.report.maps import categorical, coloring, distinct, map_panel
 from cohortvi.report.sections import Cohort
 from cohortvi.report.theme import ACCENT, MUTED, VARIABLES
+from cohortvi.report.trust import trust_section
 from cohortvi.report.words import number, percent
 
 TABLED_SAMPLES = 200  # longer tables of the composition are left to the files
@@ -29,6 +30,7 @@ def model_sections(cohort: Cohort, name: str, facts: dict, metrics: dict, shown:
     settings = _facts(cohort.config["models"][name], facts)
     return [
         Section(f"model-{name}", f"Model {name}", [settings, _training(files, facts)]),
+        trust_section(name, files),
         Section(f"map-{name}", "Maps", [_maps(cohort, files, clusters)], level=3),
         Section(f"clusters-{name}", "Clusters", _clusters(files, metrics, clusters, shown), level=3),
         Section(f"markers-{name}", "Markers", _markers(cohort, files, clusters), level=3),

@@ -1,0 +1,173 @@
+"""How far a model's posterior can be trusted, cell by cell: bounds on log p(x) and the gaps between them.
+
+For a random subset of held-out and of training cells, with the decoder fixed: the ELBO of the encoder's posterior, of
+the best diagonal and of the best full-covariance Gaussian for each cell alone, and log p(x) by importance sampling with
+the first and with the last of them as proposal (inference/bounds.py). All in nats per cell.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from arviz_stats.base import array_stats
+from torch import Tensor
+
+from cohortvi.config import Gap
+from cohortvi.inference.bounds import importance, log_weights, refine
+from cohortvi.inference.checkpoint import load_model
+from cohortvi.inference.covariates import SAMPLE, Columns, Sheet
+from cohortvi.inference.gap_summary import summary
+from cohortvi.inference.prepare import GAP, choose_device, seed_torch
+from cohortvi.inference.subset import Cells, draw_cells, names_of, read_cells, to_device
+from cohortvi.inference.vae import VAE
+from cohortvi.log import Progress
+from cohortvi.store.names import SPLITS
+from cohortvi.store.sharded import ShardedCounts
+
+TOGETHER = 512  # cells that are fitted together
+DRAWS = (1, 10, 100, 1000)  # of which importance-weighted bounds are told
+PROPOSALS = ("encoder", "refined")
+
+
+class Bounds(NamedTuple):
+    """What is found of some cells: a column of the table each, (n,), and the bounds by number of draws, (n, K)."""
+
+    columns: dict[str, Tensor]
+    encoder_nk: Tensor
+    refined_nk: Tensor
+    loc_nk: Tensor
+    kl_nk: Tensor
+
+
+def gap(
+    model: str | Path,
+    shards: dict[str, Sequence[Path]],
+    counts: Sequence[str | Path],
+    settings: Gap,
+    *,
+    sheet: Sheet,
+    seed: int,
+    threads: int,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return a table with a row for each cell of the subset, and what it says in sum (`gap_summary.summary`).
+
+    `shards`: manifests by split; `counts`: those of the samples, which hold the cells' names; `sheet`: as for `fit`.
+    Columns: cell, split, sample, row and the other columns of obs; n_counts; elbo, elbo_mean_field, elbo_full,
+    log_p_encoder, log_p and its Monte Carlo error; the three gaps; effective sample size and Pareto k-hat of both
+    proposals. Errors: ValueError for shards that the model was not trained on, and beyond a limit that is to fail.
+    """
+    torch.set_num_threads(threads)
+    vae, facts = load_model(model)
+    device = choose_device(facts["settings"]["device"])
+    vae.to(device).requires_grad_(requires_grad=False)  # the decoder is fixed
+    columns = Columns.from_facts(facts)
+    tables, found = [], {}
+    for split in SPLITS:
+        store = ShardedCounts(shards[split])
+        _check_genes(store, facts["genes"])
+        cells = read_cells(store, draw_cells(store, settings.cells, seed), columns, sheet)
+        bounds = _bounds(vae, cells, settings, seed, device)
+        obs = cells.obs.assign(cell=names_of(cells.obs, counts), split=split, n_counts=cells.x.library_n.numpy())
+        tables.append(obs.assign(**{name: value.cpu().numpy() for name, value in bounds.columns.items()}))
+        found[split] = bounds
+    table = pd.concat(tables, ignore_index=True)
+    first = ["cell", "split", SAMPLE, "row"]
+    table = table[[*first, *(name for name in table if name not in first)]]
+    curves = [row for split, bounds in found.items() for row in _curve(split, bounds, settings.draws)]
+    held_out = found["validation"]
+    latent = {"kl": held_out.kl_nk.mean(0).tolist(), "variance": held_out.loc_nk.var(0, correction=0).tolist()}
+    facts = summary(table, curves, latent, settings)
+    _check_limits(facts["limits"])
+    return table, facts
+
+
+def _bounds(vae: VAE, cells: Cells, settings: Gap, seed: int, device: torch.device) -> Bounds:
+    n, parts = len(cells.obs), []
+    progress = Progress(n)
+    for start in range(0, n, TOGETHER):
+        part = to_device(cells.part(start, min(start + TOGETHER, n)), device)
+        parts.append(_bounds_of(vae, part, settings, seed, start))
+        progress.report(min(start + TOGETHER, n), "gap")
+    columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
+    return Bounds(columns, *(torch.cat(values) for values in zip(*(part[1:] for part in parts), strict=True)))
+
+
+def _bounds_of(vae: VAE, cells: Cells, settings: Gap, seed: int, start: int) -> Bounds:
+    def log_likelihood(z_nk: Tensor) -> Tensor:
+        return -vae.reconstruction(cells.x, z_nk, cells.covariates)
+
+    seed_torch(seed, GAP, start)
+    with torch.no_grad():
+        encoder = vae.encode(cells.x, cells.covariates)
+    fit = {"steps": settings.steps}
+    mean_field = refine(log_likelihood, vae.prior, encoder, is_full=False, **fit)
+    full = refine(log_likelihood, vae.prior, mean_field, is_full=True, **fit)
+    noise_snk = torch.randn(settings.draws, *encoder.loc_nk.shape, device=encoder.loc_nk.device)
+    with torch.no_grad():
+        weights = [log_weights(log_likelihood, vae.prior, q, noise_snk).double() for q in (encoder, mean_field, full)]
+    elbo, elbo_mean_field, elbo_full = (weights_sn.mean(0) for weights_sn in weights)
+    by_encoder, by_full = (importance(weights[at], settings.draws) for at in (0, 2))
+    columns = {
+        "elbo": elbo,
+        "elbo_mean_field": elbo_mean_field,
+        "elbo_full": elbo_full,
+        "log_p_encoder": by_encoder.bound_n,
+        "log_p": by_full.bound_n,
+        "log_p_error": by_full.error_n,
+        "inference_gap": by_full.bound_n - elbo,
+        "approximation_gap": by_full.bound_n - elbo_mean_field,
+        "approximation_gap_full": by_full.bound_n - elbo_full,
+        "amortization_gap": elbo_mean_field - elbo,
+        "ess_encoder": by_encoder.ess_n,
+        "ess": by_full.ess_n,
+        "khat_encoder": khat(weights[0]),
+        "khat": khat(weights[2]),
+    }
+    by_draws = [torch.stack([importance(w, k).bound_n for k in _told(settings.draws)], 1) for w in weights[::2]]
+    return Bounds(columns, *by_draws, encoder.loc_nk, encoder.kl_by_dimension())
+
+
+def khat(log_weights_sn: Tensor) -> Tensor:
+    """Return the Pareto shape of the largest weights of each cell, (s, n) -> (n,): above 0.7 they cannot be trusted.
+
+    Vehtari, Simpson, Gelman, Yao, Gabry 2024 (JMLR 25:72).
+    """
+    # It takes what it is for, pointwise log-likelihoods: minus the log weights of leaving an observation out.
+    return torch.from_numpy(np.asarray(array_stats.psislw(-log_weights_sn.T.cpu().numpy())[1]))
+
+
+def _check_limits(limits: list[dict[str, Any]]) -> None:
+    beyond = [limit for limit in limits if limit["verdict"] == "fail"]
+    if beyond:
+        found = "; ".join(
+            f"{limit['name']} is {limit['found']:.3f}, at most {limit['fail']} wanted" for limit in beyond
+        )
+        raise ValueError(
+            f"the posterior is further from the truth than gap.limits allow: {found}. Train the model longer or with "
+            "another one of models.*; look at the cells with gap.limits.*.fail: null."
+        )
+
+
+def _told(draws: int) -> list[int]:
+    return [k for k in DRAWS if draws % k == 0]
+
+
+def _curve(split: str, bounds: Bounds, draws: int) -> Iterator[dict[str, Any]]:
+    """Yield the mean bound by proposal and number of draws."""
+    for proposal in PROPOSALS:
+        means = getattr(bounds, f"{proposal}_nk").mean(0).tolist()
+        yield from (
+            {"split": split, "proposal": proposal, "draws": k, "bound": mean}
+            for k, mean in zip(_told(draws), means, strict=True)
+        )
+
+
+def _check_genes(store: ShardedCounts, genes: list[str]) -> None:
+    if list(store.var_names) != genes:
+        raise ValueError(
+            f"{store.stores[0].path}: its genes are not the {len(genes)} of the model; expected the shards that it was "
+            "trained on. Train the model again."
+        )

@@ -1,0 +1,82 @@
+"""What the gaps of single cells say in sum: of held-out and training cells, of samples, batches and kept columns."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from cohortvi.config import Gap, Limit
+from cohortvi.inference.covariates import SAMPLE
+from cohortvi.log import logger
+
+BOUNDS = ("elbo", "elbo_mean_field", "elbo_full", "log_p_encoder", "log_p")
+GAPS = ("amortization_gap", "approximation_gap", "approximation_gap_full", "inference_gap")
+WEIGHTS = ("ess_encoder", "ess", "khat_encoder", "khat")
+UNRELIABLE = 0.7  # k-hat of importance weights that cannot be trusted
+ACTIVE = 0.01  # variance over cells of the posterior means of an active unit (Burda et al. 2016, section 5.2)
+WORST = 20  # cells told by name
+FEWEST = 5  # cells of a group that is told
+
+
+def summary(
+    table: pd.DataFrame, curves: list[dict[str, Any]], latent: dict[str, list[float]], settings: Gap
+) -> dict[str, Any]:
+    """Return what gap.json holds. `table`: a row a cell, as `gap.gap` makes it. Limits are those of held-out cells."""
+    splits = {split: _of_cells(part) for split, part in table.groupby("split", observed=True)}
+    latent = {**latent, "active_units": sum(value > ACTIVE for value in latent["variance"])}
+    overfit = {
+        "mean": splits["validation"]["amortization_gap"]["mean"] - splits["train"]["amortization_gap"]["mean"],
+        "se": math.hypot(*(found["amortization_gap"]["se"] for found in splits.values())),
+    }
+    worst = table.sort_values("amortization_gap", ascending=False, kind="stable").head(WORST)
+    found = {
+        "splits": splits,
+        "overfit": overfit,
+        "bounds": curves,
+        "latent": latent,
+        "groups": list(_groups(table)),
+        "worst": worst[["cell", SAMPLE, "split", "n_counts", "amortization_gap", "khat"]].to_dict("records"),
+    }
+    held_out = splits["validation"]
+    values = {
+        "amortization_gap": held_out["amortization_gap"]["mean"],
+        "amortization_gap_p99": held_out["amortization_gap"]["p99"],
+        "encoder_overfit": overfit["mean"],
+        "unreliable_share": held_out["unreliable_share"],
+    }
+    return found | {"limits": [_judge(name, value, getattr(settings.limits, name)) for name, value in values.items()]}
+
+
+def _of_cells(cells: pd.DataFrame) -> dict[str, Any]:
+    """Return mean, its standard error over cells and quantiles of every column, and the share of unreliable weights."""
+    found: dict[str, Any] = {"cells": len(cells)}
+    for name in (*BOUNDS, *GAPS, *WEIGHTS):
+        values = cells[name]
+        spread = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        quantiles = {f"p{round(100 * q)}": float(values.quantile(q)) for q in (0.5, 0.9, 0.99)}
+        found[name] = {"mean": float(values.mean()), "se": spread} | quantiles
+    for name in ("khat_encoder", "khat"):
+        found[f"unreliable_share{name.removeprefix('khat')}"] = float((cells[name] > UNRELIABLE).mean())
+    return found
+
+
+def _groups(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """Yield the gaps of every sample, batch and value of a kept text column, by split, largest groups' order kept."""
+    texts = [name for name in table if table[name].dtype == object and name not in ("cell", "split")]
+    for column in texts:
+        for (split, value), cells in table.groupby(["split", column], observed=True, sort=True):
+            if len(cells) >= FEWEST:
+                row = {"column": column, "value": value, "split": split, "cells": len(cells)}
+                row |= {name: float(cells[name].mean()) for name in ("elbo", "log_p", *GAPS, "ess")}
+                yield row | {"unreliable_share": float((cells["khat"] > UNRELIABLE).mean())}
+
+
+def _judge(name: str, value: float, limit: Limit) -> dict[str, Any]:
+    """Return the verdict on a value: ok, warn or fail."""
+    verdict = "ok"
+    for word, bound in (("warn", limit.warn), ("fail", limit.fail)):
+        verdict = word if bound is not None and value > bound else verdict
+    if verdict != "ok":
+        logger.warning("gap: %s of held-out cells is %.3f, beyond gap.limits (%s)", name, value, verdict)
+    return {"name": name, "found": value, "warn": limit.warn, "fail": limit.fail, "verdict": verdict}
