@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny_cohort
 import torch
-from tiny_cohort import MODEL, manifests
+from tiny_cohort import MODEL, VARIANTS, manifests
 
 from cohortvi.atlas import embed as module
 from cohortvi.atlas.embed import embed, open_latent
@@ -80,6 +80,23 @@ def test_values_are_those_of_the_encoder_with_each_cells_covariates(cohort, tmp_
         here = latent[latent.obs["sample"] == f"s{i}"]
         np.testing.assert_allclose(here.obsm["X_latent"], qz.loc_nk, atol=1e-5)
         np.testing.assert_allclose(here.obsm["X_latent_std"], qz.scale_nk, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_embeds_cells_in_chunks_of_any_size(cohort, tmp_path, changes):
+    splits = manifests(cohort, "train"), manifests(cohort, "validation")
+    model = dataclasses.replace(MODEL, max_epochs=2, **changes)
+    vae, _, facts = fit(*splits, model, sheet={}, seed=0, checkpoints=tmp_path / "ck", threads=1)
+    save_model(vae, facts, tmp_path / "model.safetensors", tmp_path / "model.json")
+    found = []
+    for chunk_cells in (64, 300):
+        out = tmp_path / f"{chunk_cells}.zarr"
+        embed(tmp_path / "model.safetensors", counts_of(cohort), out, sheet={}, chunk_cells=chunk_cells, threads=1)
+        found.append(ad.io.read_zarr(out).obsm)
+    for name in ("X_latent", "X_latent_std"):
+        assert found[0][name].shape == (300, 3)
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-4, atol=1e-5)
+    assert (found[0]["X_latent_std"] > 0).all()
 
 
 def test_chunks_and_shards_do_not_change_what_is_written(cohort, tmp_path, monkeypatch):

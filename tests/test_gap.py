@@ -11,7 +11,7 @@ import tiny_cohort
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_cohort import MODEL, manifests
+from tiny_cohort import MODEL, VARIANTS, manifests
 
 from cohortvi.config import Gap, Limit, Limits
 from cohortvi.inference.checkpoint import save_model
@@ -95,6 +95,18 @@ def test_groups_and_worst_cells_are_of_the_table(found):
     assert {"sample", "batch", "sex"} == set(groups.index.get_level_values("column"))
     assert facts["worst"][0]["amortization_gap"] == table["amortization_gap"].max()
     assert facts["latent"]["active_units"] <= MODEL.n_latent
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_bounds_of_every_variant_are_in_order(cohort, tmp_path, changes):
+    train_on(cohort, tmp_path, **changes)
+    table, _ = run(tmp_path, dataclasses.replace(SETTINGS, cells=30), shards=cohort)
+    means = table[["elbo", "elbo_mean_field", "elbo_full", "log_p"]].mean()
+    assert means["elbo"] < means["elbo_full"] + 0.1
+    assert means["elbo_mean_field"] < means["elbo_full"] + 0.02
+    assert means["elbo_full"] < means["log_p"] + 0.02
+    best = table["elbo_mean_field" if changes.get("posterior", "diagonal") == "diagonal" else "elbo_full"]
+    np.testing.assert_allclose(table["amortization_gap"], best - table["elbo"])
 
 
 def test_a_type_that_was_not_trained_on_has_a_larger_gap(tmp_path):

@@ -47,7 +47,11 @@ def test_mathematics_imports_torch_and_numpy_only(name):
     outside = {module.split(".")[0] for module in found if not module.startswith("cohortvi")}
     inside = {module.split(".")[2] for module in found if module.startswith("cohortvi.")}
     compilers = {"numba", "llvmlite"} if name in COMPILED else set()
-    assert outside <= {"torch", "numpy", "math", "typing", "collections", "abc", "dataclasses", "threading"} | compilers
+    assert (
+        outside
+        <= {"torch", "numpy", "math", "typing", "collections", "abc", "dataclasses", "threading", "functools"}
+        | compilers
+    )
     assert inside <= MATHEMATICS
 
 

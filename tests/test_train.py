@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny_cohort import MODEL, manifests
+from tiny_cohort import MODEL, VARIANTS, manifests
 
 from cohortvi.config import EarlyStopping, Model
 from cohortvi.inference import train as training
@@ -27,6 +27,7 @@ from cohortvi.inference.covariates import moments
 from cohortvi.inference.networks import Covariates
 from cohortvi.inference.prepare import VALIDATION, prepare
 from cohortvi.inference.train import fit, validate
+from cohortvi.store.sharded import ShardedCounts
 
 SHEET = {"dose": {"s0": "0.5", "s1": "2"}, "site": {"s0": "north", "s1": "south"}}
 COLUMNS = [
@@ -168,6 +169,35 @@ def test_every_likelihood_trains(cohort, tmp_path, likelihood):
     )
     history = run(cohort, tmp_path, model)[1]
     assert history["validation_elbo"].iloc[-1] > history["validation_elbo"].iloc[0]
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_trains_and_goes_on_to_the_same_bits(cohort, tmp_path, monkeypatch, changes):
+    model = dataclasses.replace(ALWAYS, **changes)
+    whole = run(cohort, tmp_path / "whole", model)
+    elbo = whole[1]["validation_elbo"]
+    assert elbo.iloc[-1] > elbo.iloc[0]
+    with monkeypatch.context() as patched:
+        interrupt(patched, 20, throw)
+        with pytest.raises(Interruption):
+            run(cohort, tmp_path / "parts", model)
+    assert_same(run(cohort, tmp_path / "parts", model), whole)
+
+
+def test_a_latent_library_begins_with_the_moments_of_each_batch(cohort, tmp_path):
+    vae = run(cohort, tmp_path, dataclasses.replace(MODEL, library="latent", max_epochs=1))[0]
+    for batch, sample in enumerate(("s0", "s1")):
+        stores = ShardedCounts(manifests(cohort, "train")).stores
+        logs = [np.log(max(1, store.read(i, i + 1).data.sum())) for store in stores for i in range(store.n_obs)
+                if store.obs["sample"].iloc[i] == sample]  # fmt: skip
+        assert float(vae.library_loc_b[batch]) == pytest.approx(np.mean(logs), rel=1e-5)
+        assert float(vae.library_scale_b[batch]) == pytest.approx(np.std(logs), rel=1e-4)
+
+
+def test_more_pseudo_inputs_than_cells_are_refused(cohort, tmp_path):
+    model = dataclasses.replace(MODEL, prior="vamp", n_components=10_000)
+    with pytest.raises(ValueError, match=r"n_components: found 10000; expected at most the 2\d\d training cells"):
+        run(cohort, tmp_path, model)
 
 
 # interruptions

@@ -38,6 +38,15 @@ MODEL = Model(
     categorical_covariates=("sex",),
     continuous_covariates=("age",),
     encode_covariates=False,
+    coding="one_hot",
+    n_embedding=3,
+    library="observed",
+    posterior="diagonal",
+    prior="standard_normal",
+    n_components=5,
+    decoder="nonlinear",
+    norm="batch",
+    draws=1,
     batch_size=32,
     learning_rate=1e-3,
     weight_decay=1e-6,
@@ -47,6 +56,20 @@ MODEL = Model(
     checkpoint_minutes=10.0,
     device="cpu",
 )
+
+
+VARIANTS = {
+    "full": {"posterior": "full", "prior": "mixture", "library": "latent", "norm": "layer"},
+    "flow": {
+        "posterior": "flow",
+        "prior": "vamp",
+        "decoder": "linear",
+        "coding": "embedding",
+        "encode_covariates": True,
+    },
+    "told": {"encode_covariates": True, "prior": "vamp", "coding": "embedding", "n_layers": 2, "posterior": "full"},
+    "weighted": {"draws": 4, "norm": "none", "dispersion": "gene-cell", "likelihood": "zinb", "library": "latent"},
+}  # with each setting that MODEL has not
 
 
 def simulate(n_obs: int, seed: int) -> tuple[sp.csr_matrix, pd.DataFrame]:

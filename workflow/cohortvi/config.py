@@ -102,6 +102,15 @@ class Model:
     categorical_covariates: tuple[str, ...]
     continuous_covariates: tuple[str, ...]
     encode_covariates: bool
+    coding: str
+    n_embedding: int
+    library: str
+    posterior: str
+    prior: str
+    n_components: int
+    decoder: str
+    norm: str
+    draws: int
     batch_size: int
     learning_rate: float
     weight_decay: float

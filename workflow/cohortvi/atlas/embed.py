@@ -32,6 +32,7 @@ from cohortvi.store.sharded import ShardedCounts
 
 SHARD_CELLS = 131_072  # cells a file
 CHUNK_CELLS = 8_192  # cells decoded together
+MOMENT_DRAWS = 128  # of which a posterior without closed moments has them, the same draws for all cells
 
 
 class Latent(NamedTuple):
@@ -102,6 +103,8 @@ class _Encoder:
 
     def __init__(self, vae: VAE, columns: Columns, sheet: Sheet, device: torch.device):
         self.vae, self.columns, self.sheet, self.device = vae.to(device), columns, sheet, device
+        noise_snk = torch.randn(MOMENT_DRAWS, 1, vae.n_dimensions, generator=torch.Generator().manual_seed(0))
+        self.noise_snk = noise_snk.to(device)
 
     @torch.inference_mode()
     def encode(self, reader: CountsReader, code: int, chunk_cells: int) -> Iterator[Cells]:
@@ -116,7 +119,7 @@ class _Encoder:
             unknown = Covariates(torch.zeros(len(rows), dtype=torch.int64, device=self.device))
             known = self.columns.covariates(here, self.device) if here else unknown
             qz = self.vae.encode(on_device(x, self.device), known)
-            loc_nk, scale_nk = (value.cpu().numpy() for value in qz)
+            loc_nk, scale_nk = (value[:, : self.vae.n_latent].cpu().numpy() for value in qz.moments(self.noise_snk))
             yield Cells(names[start:stop], np.full(stop - start, code), loc_nk, scale_nk)
 
     def _covariates(self, reader: CountsReader) -> dict[str, np.ndarray]:

@@ -6,8 +6,8 @@
     amortization gap   ELBO(the family's best for this cell) - ELBO(encoder)
 
 Cremer, Li, Duvenaud 2018 (ICML, arXiv 1801.03558), equations 4 to 6. log p(x) is estimated by importance sampling. The
-decoder is fixed throughout. A model is given as `log_likelihood`: z (n, k) -> log p(x | z) of the n cells, (n,), in
-nats, differentiable in z. s draws, n cells, k latent dimensions.
+decoder is fixed throughout. A model is given as `log_joint`: z (n, k) -> log p(x | z) + log p(z) of the n cells, (n,),
+in nats, differentiable in z. s draws, n cells, k latent dimensions.
 """
 
 import math
@@ -17,23 +17,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cohortvi.inference.posteriors import DiagonalGaussian, FullGaussian, Gaussian
-from cohortvi.inference.priors import StandardNormal
+from cohortvi.inference.posteriors import DiagonalGaussian, FullGaussian, Gaussian, Posterior
 
-LogLikelihood = Callable[[Tensor], Tensor]
+LogJoint = Callable[[Tensor], Tensor]
 
 LEARNING_RATE = 0.1  # of the fit of single cells, at its start; it falls linearly to a tenth
 
 
-def elbo_of(log_likelihood: LogLikelihood, prior: StandardNormal, qz: Gaussian, noise_snk: Tensor) -> Tensor:
-    """Return the ELBO of each cell, (n,): the mean over draws of log p(x | z), minus KL(q || p) in closed form."""
-    z_snk, _ = qz.draw(noise_snk)
-    return torch.stack([log_likelihood(z_nk) for z_nk in z_snk]).mean(0) - prior.kl(qz)
-
-
 def refine(
-    log_likelihood: LogLikelihood,
-    prior: StandardNormal,
+    log_joint: LogJoint,
     start: DiagonalGaussian,
     *,
     is_full: bool,
@@ -42,8 +34,9 @@ def refine(
 ) -> Gaussian:
     """Return the posterior of each cell that has the largest ELBO in the mean-field or the full-covariance family.
 
-    Adam from `start` on one antithetic pair of draws a step, in units of the start's standard deviations; the mean of
-    the last half of the steps (Polyak, Juditsky 1992). Cells do not depend on one another: Adam works by element.
+    Adam from `start` on one antithetic pair of draws a step, in units of the start's standard deviations, by gradients
+    that pass through the draws alone; the mean of the last half of the steps (Polyak, Juditsky 1992). Cells do not
+    depend on one another: Adam works by element.
     """
     shape_nk, scale_nk = start.loc_nk.shape, start.scale_nk.detach()
     shift_nk, log_stretch_nk = (scale_nk.new_zeros(shape_nk, requires_grad=True) for _ in range(2))
@@ -62,8 +55,10 @@ def refine(
         optimiser.param_groups[0]["lr"] = LEARNING_RATE * (1 - 0.9 * step / steps)
         noise_nk = torch.randn(shape_nk, generator=generator, dtype=scale_nk.dtype, device=scale_nk.device)
         optimiser.zero_grad()
-        loss = -elbo_of(log_likelihood, prior, posterior(), torch.stack([noise_nk, -noise_nk])).sum()
-        loss.backward()
+        qz = posterior()
+        for signed_nk in (noise_nk, -noise_nk):
+            z_nk = qz.sample(signed_nk)
+            (qz.stopped_log_prob(z_nk) - log_joint(z_nk)).sum().backward(retain_graph=signed_nk is noise_nk)
         optimiser.step()
         if step >= steps - averaged:
             for mean, parameter in zip(means, parameters, strict=True):
@@ -74,11 +69,10 @@ def refine(
         return posterior()
 
 
-def log_weights(log_likelihood: LogLikelihood, prior: StandardNormal, qz: Gaussian, noise_snk: Tensor) -> Tensor:
-    """Return the log importance weights log p(x | z) + log p(z) - log q(z | x), (s, n)."""
+def log_weights(log_joint: LogJoint, qz: Posterior, noise_snk: Tensor) -> Tensor:
+    """Return the log importance weights log p(x | z) + log p(z) - log q(z | x), (s, n); their mean is the ELBO."""
     z_snk, log_q_sn = qz.draw(noise_snk)
-    log_likelihood_sn = torch.stack([log_likelihood(z_nk) for z_nk in z_snk])
-    return log_likelihood_sn + prior.log_prob(z_snk) - log_q_sn
+    return torch.stack([log_joint(z_nk) for z_nk in z_snk]) - log_q_sn
 
 
 class Importance(NamedTuple):

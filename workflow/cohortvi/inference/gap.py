@@ -20,6 +20,7 @@ from cohortvi.inference.bounds import importance, log_weights, refine
 from cohortvi.inference.checkpoint import load_model
 from cohortvi.inference.covariates import SAMPLE, Columns, Sheet
 from cohortvi.inference.gap_summary import summary
+from cohortvi.inference.posteriors import DiagonalGaussian
 from cohortvi.inference.prepare import GAP, choose_device, seed_torch
 from cohortvi.inference.subset import Cells, draw_cells, names_of, read_cells, to_device
 from cohortvi.inference.vae import VAE
@@ -96,19 +97,20 @@ def _bounds(vae: VAE, cells: Cells, settings: Gap, seed: int, device: torch.devi
 
 
 def _bounds_of(vae: VAE, cells: Cells, settings: Gap, seed: int, start: int) -> Bounds:
-    def log_likelihood(z_nk: Tensor) -> Tensor:
-        return -vae.reconstruction(cells.x, z_nk, cells.covariates)
+    def log_joint(z_nk: Tensor) -> Tensor:
+        return vae.log_prior(z_nk) - vae.reconstruction(cells.x, z_nk, cells.covariates)
 
     seed_torch(seed, GAP, start)
+    noise_snk = torch.randn(settings.draws, len(cells.obs), vae.n_dimensions, device=vae.device)
     with torch.no_grad():
         encoder = vae.encode(cells.x, cells.covariates)
-    fit = {"steps": settings.steps}
-    mean_field = refine(log_likelihood, vae.prior, encoder, is_full=False, **fit)
-    full = refine(log_likelihood, vae.prior, mean_field, is_full=True, **fit)
-    noise_snk = torch.randn(settings.draws, *encoder.loc_nk.shape, device=encoder.loc_nk.device)
+        start = DiagonalGaussian(*encoder.moments(noise_snk))
+    mean_field = refine(log_joint, start, is_full=False, steps=settings.steps)
+    full = refine(log_joint, mean_field, is_full=True, steps=settings.steps)
     with torch.no_grad():
-        weights = [log_weights(log_likelihood, vae.prior, q, noise_snk).double() for q in (encoder, mean_field, full)]
+        weights = [log_weights(log_joint, q, noise_snk).double() for q in (encoder, mean_field, full)]
     elbo, elbo_mean_field, elbo_full = (weights_sn.mean(0) for weights_sn in weights)
+    best = elbo_mean_field if isinstance(encoder, DiagonalGaussian) else elbo_full
     by_encoder, by_full = (importance(weights[at], settings.draws) for at in (0, 2))
     columns = {
         "elbo": elbo,
@@ -118,16 +120,16 @@ def _bounds_of(vae: VAE, cells: Cells, settings: Gap, seed: int, start: int) -> 
         "log_p": by_full.bound_n,
         "log_p_error": by_full.error_n,
         "inference_gap": by_full.bound_n - elbo,
-        "approximation_gap": by_full.bound_n - elbo_mean_field,
+        "approximation_gap": by_full.bound_n - best,
         "approximation_gap_full": by_full.bound_n - elbo_full,
-        "amortization_gap": elbo_mean_field - elbo,
+        "amortization_gap": best - elbo,
         "ess_encoder": by_encoder.ess_n,
         "ess": by_full.ess_n,
         "khat_encoder": khat(weights[0]),
         "khat": khat(weights[2]),
     }
     by_draws = [torch.stack([importance(w, k).bound_n for k in _told(settings.draws)], 1) for w in weights[::2]]
-    return Bounds(columns, *by_draws, encoder.loc_nk, encoder.kl_by_dimension())
+    return Bounds(columns, *by_draws, start.loc_nk, start.kl_by_dimension())
 
 
 def khat(log_weights_sn: Tensor) -> Tensor:

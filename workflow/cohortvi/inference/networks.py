@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cohortvi.inference.fused import CountsProduct
+from cohortvi.inference.posteriors import Coupling, DiagonalGaussian, Flow, FullGaussian, Posterior
 from cohortvi.inference.sparse import Counts, SparseCounts, dense, is_fused
 
 MIN_VARIANCE = 1e-4  # of the posterior, as in scvi-tools: no cell's posterior collapses to a point
+COUPLINGS = 4  # layers of a flow
 
 
 class Covariates(NamedTuple):
@@ -40,28 +42,59 @@ class CountsLinear(nn.Module):
         return torch.addmm(self.bias, torch.log1p(dense(x, self.bias.dtype)), self.weight_gh)
 
 
-class Others(nn.Module):
-    """What covariates add to a linear layer: a row of weights for each continuous one, and one for each category.
+class Told(NamedTuple):
+    """What a network is told of the cells: codes of categories, and values, of which the first layer sees more."""
 
-    The same as a product with standardised values and one-hot codes, without making these: a cohort may have thousands
-    of batches. A covariate with one category adds nothing and has no row.
+    codes: tuple[Tensor, ...] = ()  # (n,) each
+    first_nv: Tensor | None = None
+    later_nv: Tensor | None = None
+
+
+class Teller(nn.Module):
+    """Turns covariates into what a network is told: categories as they are, or embedded in a few dimensions each.
+
+    One-hot codes (`n_embedding` 0) give every category weights of its own in every layer; an embedding is a vector of
+    `n_embedding` values, the same for all layers, learnt. A covariate with one category tells nothing.
     """
 
-    def __init__(self, n_categories: tuple[int, ...], n_continuous: int, n_out: int):
+    def __init__(self, n_categories: tuple[int, ...], n_continuous: int, n_embedding: int):
         super().__init__()
         self.kept = [at for at, n in enumerate(n_categories) if n > 1]
-        sizes = [n_categories[at] for at in self.kept]
-        self.offsets = [n_continuous + sum(sizes[:at]) for at in range(len(sizes))]
-        self.n_continuous = n_continuous
-        n_rows = n_continuous + sum(sizes)
+        sizes = tuple(n_categories[at] for at in self.kept)
+        self.tables = nn.ModuleList(nn.Embedding(n, n_embedding) for n in sizes if n_embedding)
+        self.n_categories, n_embedded = (() if n_embedding else sizes), n_embedding * len(sizes)
+        self.n_first, self.n_later = n_continuous + n_embedded, n_embedded
+
+    def forward(self, covariates: Covariates) -> Told:
+        """Return what is told of these cells."""
+        codes = (covariates.batch_n, *covariates.categories)
+        codes = tuple(codes[at] for at in self.kept)
+        if not self.tables:
+            return Told(codes, covariates.continuous_nc)
+        embedded = torch.cat([table(code_n) for table, code_n in zip(self.tables, codes, strict=True)], dim=1)
+        parts = [part for part in (covariates.continuous_nc, embedded) if part is not None]
+        return Told((), torch.cat(parts, dim=1), embedded)
+
+
+class Others(nn.Module):
+    """What covariates add to a linear layer: a row of weights for each value, and one for each category.
+
+    The same as a product with values and one-hot codes, without making these: a cohort may have thousands of batches.
+    """
+
+    def __init__(self, n_categories: tuple[int, ...], n_values: int, n_out: int):
+        super().__init__()
+        self.n_values = n_values
+        self.offsets = [n_values + sum(n_categories[:at]) for at in range(len(n_categories))]
+        n_rows = n_values + sum(n_categories)
         self.weight_oh = nn.Parameter(torch.empty(n_rows, n_out)) if n_rows else None
 
-    def forward(self, out_nh: Tensor, codes: tuple[Tensor, ...], continuous_nc: Tensor | None) -> Tensor:
+    def forward(self, out_nh: Tensor, codes: tuple[Tensor, ...], values_nv: Tensor | None) -> Tensor:
         """Add to (n, h) what the covariates of these cells do."""
-        if self.n_continuous:
-            out_nh = torch.addmm(out_nh, continuous_nc, self.weight_oh[: self.n_continuous])
-        for at, offset in zip(self.kept, self.offsets, strict=True):
-            out_nh = out_nh + F.embedding(codes[at] + offset, self.weight_oh)
+        if self.n_values:
+            out_nh = torch.addmm(out_nh, values_nv, self.weight_oh[: self.n_values])
+        for code_n, offset in zip(codes, self.offsets, strict=True):
+            out_nh = out_nh + F.embedding(code_n + offset, self.weight_oh)
         return out_nh
 
 
@@ -74,10 +107,18 @@ def observed_library(x: Counts) -> Tensor:
     return total_n.clamp(min=1)[:, None]
 
 
+NORMS = {
+    # Momentum and eps of the original TensorFlow scVI, as in scvi-tools.
+    "batch": lambda n_hidden: nn.BatchNorm1d(n_hidden, eps=1e-3, momentum=0.01),
+    "layer": nn.LayerNorm,
+    "none": lambda n_hidden: nn.Identity(),
+}
+
+
 class Layer(nn.Module):
     """Linear - norm - ReLU - dropout, told covariates beside its input: counts (n, g) or values (n, d)."""
 
-    def __init__(self, linear: CountsLinear | nn.Linear, others: Others, dropout: float):
+    def __init__(self, linear: CountsLinear | nn.Linear, others: Others, norm: str, dropout: float):
         super().__init__()
         self.linear, self.others, self.dropout = linear, others, dropout
         n_in, n_hidden = linear.weight_gh.shape if isinstance(linear, CountsLinear) else linear.weight.T.shape
@@ -85,43 +126,41 @@ class Layer(nn.Module):
         bound = 1 / math.sqrt(n_in + sum(len(parameter) for parameter in others.parameters()))
         for parameter in (*linear.parameters(), *others.parameters()):
             nn.init.uniform_(parameter, -bound, bound)
-        # Momentum and eps of the original TensorFlow scVI, as in scvi-tools.
-        self.norm = nn.BatchNorm1d(n_hidden, eps=1e-3, momentum=0.01)
+        self.norm = NORMS[norm](n_hidden)
 
-    def forward(self, h: Counts, codes: tuple[Tensor, ...], continuous_nc: Tensor | None) -> Tensor:
+    def forward(self, h: Counts, codes: tuple[Tensor, ...], values_nv: Tensor | None) -> Tensor:
         """Return (n, h)."""
-        h_nh = F.relu(self.norm(self.others(self.linear(h), codes, continuous_nc)))
+        h_nh = F.relu(self.norm(self.others(self.linear(h), codes, values_nv)))
         return h_nh * dropout_mask(h_nh, self.dropout) if self.training and self.dropout else h_nh
 
 
 class Hidden(nn.Module):
-    """A stack of hidden layers with covariates injected into each; the first one on `n_in` values or on counts."""
+    """A stack of hidden layers with covariates told to each; the first one on `n_in` values or on counts."""
 
     def __init__(
         self,
         n_hidden: int,
         n_layers: int,
+        teller: Teller,
         *,
         n_in: int = 0,
         n_genes: int = 0,
-        n_continuous: int,
-        n_categories: tuple[int, ...],
+        norm: str,
         dropout: float,
     ):
         super().__init__()
         first = CountsLinear(n_genes, n_hidden) if n_genes else nn.Linear(n_in, n_hidden)
         linears = [first, *(nn.Linear(n_hidden, n_hidden) for _ in range(n_layers - 1))]
-        others = [Others(n_categories, n_continuous if linear is first else 0, n_hidden) for linear in linears]
+        n_values = [teller.n_first, *[teller.n_later] * (n_layers - 1)]
+        others = [Others(teller.n_categories, n, n_hidden) for n in n_values]
         pairs = zip(linears, others, strict=True)
-        self.layers = nn.ModuleList(Layer(linear, other, dropout) for linear, other in pairs)
+        self.layers = nn.ModuleList(Layer(linear, other, norm, dropout) for linear, other in pairs)
 
-    def forward(self, h: Counts, codes: tuple[Tensor, ...], continuous_nc: Tensor | None) -> Tensor:
-        """Return the last hidden layer, (n, h), of counts (n, g) or values (n, d).
-
-        `codes` are (n,) integers, one for each of n_categories.
-        """
+    def forward(self, h: Counts, told: Told) -> Tensor:
+        """Return the last hidden layer, (n, h), of counts (n, g) or values (n, d)."""
+        values_nv = told.first_nv
         for layer in self.layers:
-            h = layer(h, codes, continuous_nc)
+            h, values_nv = layer(h, told.codes, values_nv), told.later_nv
         return h
 
 
@@ -137,41 +176,78 @@ def dropout_mask(h_nh: Tensor, share: float) -> Tensor:
 
 
 class Encoder(nn.Module):
-    """Parameters of q(z | x) from log1p of the counts and, if it is told them, the covariates."""
+    """q(z | x) from log1p of the counts and, if it is told them, the covariates.
 
-    def __init__(self, n_latent: int, hidden: Hidden):
+    `posterior`: diagonal, full (a Cholesky factor beside the means) or flow (coupling layers behind the diagonal one).
+    """
+
+    def __init__(self, n_latent: int, hidden: Hidden, posterior: str):
         super().__init__()
         self.hidden = hidden
         n_hidden = len(hidden.layers[-1].linear.bias)
         self.loc = nn.Linear(n_hidden, n_latent)
         self.log_variance = nn.Linear(n_hidden, n_latent)
+        self.lower, self.flow = None, None
+        if posterior == "full":
+            self.lower = nn.Linear(n_hidden, n_latent * (n_latent - 1) // 2)
+            nn.init.zeros_(self.lower.weight)
+            nn.init.zeros_(self.lower.bias)
+        if posterior == "flow":
+            self.flow = nn.ModuleList(Coupling(n_latent, n_hidden, first=at % 2 == 0) for at in range(COUPLINGS))
 
-    def forward(self, x: Counts, codes: tuple[Tensor, ...], continuous_nc: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return loc and scale, (n, k) each; variance = exp(log_variance) + 1e-4."""
-        h_nh = self.hidden(x, codes, continuous_nc)
-        return self.loc(h_nh), (self.log_variance(h_nh).exp() + MIN_VARIANCE).sqrt()
+    def forward(self, x: Counts, told: Told) -> Posterior:
+        """Return q(z | x); variance = exp(log_variance) + 1e-4, of the full one that of the factor's diagonal."""
+        h_nh = self.hidden(x, told)
+        diagonal = DiagonalGaussian(self.loc(h_nh), (self.log_variance(h_nh).exp() + MIN_VARIANCE).sqrt())
+        if self.flow is not None:
+            return Flow(diagonal, self.flow, h_nh)
+        if self.lower is None:
+            return diagonal
+        rows, columns = torch.tril_indices(*[diagonal.loc_nk.shape[1]] * 2, -1, device=h_nh.device)
+        tril_nkk = torch.diag_embed(diagonal.scale_nk)
+        tril_nkk[:, rows, columns] = self.lower(h_nh)
+        return FullGaussian(diagonal.loc_nk, tril_nkk)
 
 
 class Decoder(nn.Module):
-    """Log expected fractions and zero-inflation logits of every gene, from the latent and the covariates."""
+    """What the likelihood needs of every gene, from the latent and the covariates.
 
-    def __init__(self, n_genes: int, hidden: Hidden, *, zero_inflated: bool):
+    Nonlinear: hidden layers, then a linear head. Linear (Svensson et al. 2020, Bioinformatics 36:3418): the head alone,
+    on the latent and the covariates' one-hot codes, so that its first columns are loadings of the latent dimensions.
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_latent: int,
+        teller: Teller,
+        hidden: Hidden | None,
+        *,
+        zero_inflated: bool,
+        own_theta: bool,
+    ):
         super().__init__()
-        self.hidden = hidden
-        n_hidden = len(hidden.layers[-1].linear.bias)
+        self.hidden, self.n_categories = hidden, teller.n_categories
+        n_in = n_latent + teller.n_first + sum(teller.n_categories)
+        n_hidden = n_in if hidden is None else len(hidden.layers[-1].linear.bias)
         self.px_scale = nn.Linear(n_hidden, n_genes)
         # scvi-tools computes this head for every likelihood; only ZINB has a use for it.
         self.zi_logits = nn.Linear(n_hidden, n_genes) if zero_inflated else None
+        self.log_theta = nn.Linear(n_hidden, n_genes) if own_theta else None  # of dispersion gene-cell
 
     @property
     def heads(self) -> tuple[nn.Linear, ...]:
-        """The linear layers that end in genes."""
+        """The linear layers that the likelihood's mean and zero inflation end in."""
         return (self.px_scale,) if self.zi_logits is None else (self.px_scale, self.zi_logits)
 
-    def forward(self, h_nh: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return log px_scale (its exponential sums to 1 over genes) and zi_logits, (n, g) each, the latter or None.
+    def features(self, z_nk: Tensor, told: Told) -> Tensor:
+        """Return what the heads see, (n, h)."""
+        if self.hidden is not None:
+            return self.hidden(z_nk, told)
+        one_hot = (F.one_hot(code_n, n).to(z_nk.dtype) for code_n, n in zip(told.codes, self.n_categories, strict=True))
+        return torch.cat([z_nk, *([] if told.first_nv is None else [told.first_nv]), *one_hot], dim=1)
 
-        Of the last hidden layer, (n, h).
-        """
-        log_px_scale_ng = F.log_softmax(self.px_scale(h_nh), dim=1)
-        return log_px_scale_ng, None if self.zi_logits is None else self.zi_logits(h_nh)
+    def forward(self, h_nh: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return log px_scale (its exponential sums to 1 over genes), zi_logits and log_theta, (n, g) each or None."""
+        zi_logits_ng, log_theta_ng = (head if head is None else head(h_nh) for head in (self.zi_logits, self.log_theta))
+        return F.log_softmax(self.px_scale(h_nh), dim=1), zi_logits_ng, log_theta_ng

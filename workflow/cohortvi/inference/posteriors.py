@@ -1,14 +1,15 @@
 """Variational posteriors q(z | x). n cells, k latent dimensions.
 
-`draw` makes z of standard normal noise, differentiable in the parameters (Kingma, Welling 2014, section 2.4), with
-log q(z | x) beside it. Leading dimensions of noise and z beyond (n, k) are further draws of every cell.
+All have `draw`, which makes z of standard normal noise, differentiable in the parameters (Kingma, Welling 2014, section
+2.4), with log q(z | x) beside it; `log_prob(z)`; and `moments`. Leading dimensions of noise and z beyond (n, k) are
+further draws of every cell.
 """
 
 import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def standard_normal_log_prob(z_nk: Tensor) -> Tensor:
@@ -34,6 +35,15 @@ class DiagonalGaussian(NamedTuple):
         """Log-density of z in nats, (..., n, k) -> (..., n)."""
         return standard_normal_log_prob((z_nk - self.loc_nk) / self.scale_nk) - self.scale_nk.log().sum(-1)
 
+    def stopped_log_prob(self, z_nk: Tensor) -> Tensor:
+        """Log-density of z, through which alone gradients pass (Roeder, Wu, Duvenaud 2017)."""
+        return type(self)(*(part.detach() for part in self)).log_prob(z_nk)
+
+    def moments(self, noise_snk: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of z, (n, k) each."""
+        del noise_snk  # they are known
+        return self.loc_nk, self.scale_nk
+
     def kl_by_dimension(self) -> Tensor:
         """KL(q || N(0, I)) of each cell and latent dimension, (n, k): 1/2 (loc^2 + scale^2 - 1 - log scale^2).
 
@@ -56,16 +66,28 @@ class FullGaussian(NamedTuple):
     def _log_determinant(self) -> Tensor:
         return self.tril_nkk.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
+    def sample(self, noise_nk: Tensor) -> Tensor:
+        """Return loc + L noise; noise ~ N(0, 1)."""
+        return self.loc_nk + (self.tril_nkk @ noise_nk[..., None])[..., 0]
+
     def draw(self, noise_nk: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z = loc + L noise, (..., n, k), and log q(z | x), (..., n)."""
-        z_nk = self.loc_nk + torch.einsum("nij,...nj->...ni", self.tril_nkk, noise_nk)
-        return z_nk, standard_normal_log_prob(noise_nk) - self._log_determinant()
+        """Return z, (..., n, k), and log q(z | x), (..., n)."""
+        return self.sample(noise_nk), standard_normal_log_prob(noise_nk) - self._log_determinant()
 
     def log_prob(self, z_nk: Tensor) -> Tensor:
         """Log-density of z in nats, (..., n, k) -> (..., n)."""
         away = (z_nk - self.loc_nk)[..., None]
         noise_nk = torch.linalg.solve_triangular(self.tril_nkk, away, upper=False)[..., 0]
         return standard_normal_log_prob(noise_nk) - self._log_determinant()
+
+    def stopped_log_prob(self, z_nk: Tensor) -> Tensor:
+        """Log-density of z, through which alone gradients pass (Roeder, Wu, Duvenaud 2017)."""
+        return type(self)(*(part.detach() for part in self)).log_prob(z_nk)
+
+    def moments(self, noise_snk: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of z, (n, k) each."""
+        del noise_snk  # they are known
+        return self.loc_nk, self.tril_nkk.norm(dim=-1)
 
     def kl_to_standard_normal(self) -> Tensor:
         """KL(q || N(0, I)) of each cell, (n,): 1/2 (|L|_F^2 + |loc|^2 - k) - sum_k log L_kk."""
@@ -74,3 +96,89 @@ class FullGaussian(NamedTuple):
 
 
 Gaussian = DiagonalGaussian | FullGaussian
+
+
+class Coupling(nn.Module):
+    """An affine coupling layer: one half of z is scaled and shifted by functions of the other half and of the cell.
+
+    z_b -> z_b exp(s(z_a, h)) + t(z_a, h), log-determinant sum s (Dinh, Sohl-Dickstein, Bengio 2017, equations 4 to 8).
+    A layer scales by a factor of e at most, and is the identity to begin with.
+    """
+
+    def __init__(self, n_latent: int, n_hidden: int, *, first: bool):
+        super().__init__()
+        self.first, self.half = first, (n_latent + 1) // 2
+        n_kept = self.half if first else n_latent - self.half
+        self.hidden = nn.Linear(n_kept + n_hidden, n_hidden)
+        self.out = nn.Linear(n_hidden, 2 * (n_latent - n_kept))
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def _parts(self, z_nk: Tensor, h_nh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the half of z that is kept and the one that changes, the logarithm of its scale, and its shift."""
+        shape = torch.broadcast_shapes(z_nk.shape[:-1], h_nh.shape[:-1])
+        z_nk, h_nh = z_nk.expand(*shape, -1), h_nh.expand(*shape, -1)
+        halves = z_nk[..., : self.half], z_nk[..., self.half :]
+        kept, changing = halves if self.first else halves[::-1]
+        log_scale, shift = self.out(torch.relu(self.hidden(torch.cat([kept, h_nh], dim=-1)))).chunk(2, dim=-1)
+        return kept, changing, torch.tanh(log_scale), shift
+
+    def _join(self, kept: Tensor, changed: Tensor) -> Tensor:
+        return torch.cat([kept, changed] if self.first else [changed, kept], dim=-1)
+
+    def forward(self, z_nk: Tensor, h_nh: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the transformed z, (..., n, k), and the log-determinant, (..., n)."""
+        kept, changing, log_scale, shift = self._parts(z_nk, h_nh)
+        return self._join(kept, changing * log_scale.exp() + shift), log_scale.sum(-1)
+
+    def inverse(self, z_nk: Tensor, h_nh: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `forward` made z of, and the log-determinant of `forward` there."""
+        kept, changing, log_scale, shift = self._parts(z_nk, h_nh)
+        return self._join(kept, (changing - shift) * (-log_scale).exp()), log_scale.sum(-1)
+
+
+class Flow(NamedTuple):
+    """A diagonal Gaussian pushed through coupling layers that see the encoder's last hidden layer h (n, h).
+
+    log q(z | x) = log q_0(z_0) - sum of the layers' log-determinants (Rezende, Mohamed 2015, equation 13).
+    """
+
+    base: DiagonalGaussian
+    layers: nn.ModuleList
+    h_nh: Tensor
+
+    def draw(self, noise_nk: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z, (..., n, k), and log q(z | x), (..., n)."""
+        z_nk, log_q_n = self.base.draw(noise_nk)
+        for layer in self.layers:
+            z_nk, log_determinant_n = layer(z_nk, self.h_nh)
+            log_q_n = log_q_n - log_determinant_n
+        return z_nk, log_q_n
+
+    def log_prob(self, z_nk: Tensor) -> Tensor:
+        """Log-density of z in nats, (..., n, k) -> (..., n)."""
+        log_determinants_n = torch.zeros((), dtype=z_nk.dtype, device=z_nk.device)
+        for layer in reversed(self.layers):
+            z_nk, log_determinant_n = layer.inverse(z_nk, self.h_nh)
+            log_determinants_n = log_determinants_n + log_determinant_n
+        return self.base.log_prob(z_nk) - log_determinants_n
+
+    def stopped_log_prob(self, z_nk: Tensor) -> Tensor:
+        """Log-density of z, through which alone gradients pass (Roeder, Wu, Duvenaud 2017)."""
+        base = DiagonalGaussian(*(part.detach() for part in self.base))
+        trained = [parameter for parameter in self.layers.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(requires_grad=False)
+        try:
+            return Flow(base, self.layers, self.h_nh.detach()).log_prob(z_nk)
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_()
+
+    def moments(self, noise_snk: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of z, (n, k) each, over these draws: a flow has no closed form of them."""
+        z_snk, _ = self.draw(noise_snk)
+        return z_snk.mean(0), z_snk.std(0, correction=0)
+
+
+Posterior = DiagonalGaussian | FullGaussian | Flow

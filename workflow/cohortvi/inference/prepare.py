@@ -16,9 +16,11 @@ from cohortvi.config import Model
 from cohortvi.files import digest, read_json
 from cohortvi.inference.adam import Adam
 from cohortvi.inference.covariates import BATCH, SAMPLE, Columns, Sheet, moments, number
-from cohortvi.inference.networks import Covariates
+from cohortvi.inference.networks import Covariates, observed_library
+from cohortvi.inference.priors import VampPrior
 from cohortvi.inference.run import Run
-from cohortvi.inference.sparse import Counts, sparse_counts
+from cohortvi.inference.sparse import Counts, dense, sparse_counts
+from cohortvi.inference.subset import draw_cells, read_cells
 from cohortvi.inference.vae import VAE
 from cohortvi.store import batches
 from cohortvi.store.loader import Loader
@@ -28,6 +30,7 @@ from cohortvi.store.sharded import ShardedCounts
 # of rarely counted genes, which are mostly noise. Held-out ELBO on Kang et al. (2,000 genes, batch 128, 40 epochs),
 # seeds 0 and 1: -437.67 and -437.00 with 0.01; -437.84 and -437.31 with 1e-8, which fits the training cells closer.
 ADAM_EPS = 0.01
+MIN_LIBRARY_VARIANCE = 1e-4  # of the log libraries of a batch
 EVALUATED_CELLS = 1024  # cells at a time in validation
 INIT, TRAINING, VALIDATION, GAP = range(4)  # uses of random numbers, each with its own stream
 
@@ -80,7 +83,9 @@ def prepare(
     held_out = Loader(stores[1], batch_size=EVALUATED_CELLS, shuffle=False, **common)
     shards = digest([read_json(path) for path in (*train, *validation)])
     seed_torch(seed, INIT, 0)
-    vae = build(stores[0], model, columns).to(device)
+    vae = build(stores[0], model, columns)
+    start(vae, stores[0], columns, sheet, seed=seed, threads=threads)
+    vae.to(device)
     # Weight decay is L2 in the gradient, as in scvi-tools. No clipping: in log mu no count makes a gradient explode.
     optimizer = Adam(vae.named_parameters(), weight_decay=model.weight_decay, eps=ADAM_EPS)
     run = Run(vae, optimizer, loader)
@@ -102,7 +107,40 @@ def build(store: ShardedCounts, model: Model, columns: Columns) -> VAE:
         n_categories=tuple(len(values) for values in columns.categories.values()),
         n_continuous=len(columns.continuous),
         encode_covariates=model.encode_covariates,
+        library=model.library,
+        posterior=model.posterior,
+        prior=model.prior,
+        n_components=model.n_components,
+        decoder=model.decoder,
+        norm=model.norm,
+        coding=model.coding,
+        n_embedding=model.n_embedding,
     )
+
+
+def start(vae: VAE, store: ShardedCounts, columns: Columns, sheet: Sheet, *, seed: int, threads: int) -> None:
+    """Give an untrained model what it has of the training cells: pseudo-inputs, moments of the batches' log libraries.
+
+    The latter take a pass over the counts. Errors: ValueError if there are fewer cells than pseudo-inputs.
+    """
+    if isinstance(vae.prior, VampPrior):
+        n_components = len(vae.prior.logits_c)
+        if store.n_obs < n_components:
+            raise ValueError(f"n_components: found {n_components}; expected at most the {store.n_obs} training cells")
+        cells = read_cells(store, draw_cells(store, n_components, seed), columns, sheet)
+        vae.prior.begin(dense(cells.x, torch.float32), cells.covariates)
+    if vae.library == "latent":
+        n, total, squares = (torch.zeros(len(columns.batches), dtype=torch.float64) for _ in range(3))
+        common = {"batch_size": EVALUATED_CELLS, "seed": seed, "shuffle": False, "threads": threads}
+        for minibatch in Loader(store, columns=[BATCH], output="csr", **common):
+            batch_n = minibatch.obs[BATCH]
+            log_library_n = observed_library(sparse_counts(*minibatch.x_ng))[:, 0].log().double()
+            n.index_add_(0, batch_n, torch.ones_like(log_library_n))
+            total.index_add_(0, batch_n, log_library_n)
+            squares.index_add_(0, batch_n, log_library_n**2)
+        loc_b = total / n.clamp(min=1)
+        vae.library_loc_b.copy_(loc_b)
+        vae.library_scale_b.copy_((squares / n.clamp(min=1) - loc_b**2).clamp(min=MIN_LIBRARY_VARIANCE).sqrt())
 
 
 def learn_columns(train: ShardedCounts, model: Model, sheet: Sheet) -> Columns:

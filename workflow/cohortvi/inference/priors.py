@@ -1,17 +1,65 @@
-"""Priors p(z) over the latent space. n cells, k latent dimensions."""
+"""Priors p(z) over the latent space. n cells, k latent dimensions, c components."""
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from cohortvi.inference.posteriors import Gaussian, standard_normal_log_prob
+from cohortvi.inference.networks import Covariates
+from cohortvi.inference.posteriors import DiagonalGaussian, FullGaussian, Posterior, standard_normal_log_prob
 
 
-class StandardNormal:
+class StandardNormal(nn.Module):
     """p(z) = N(0, I)."""
 
     def log_prob(self, z_nk: Tensor) -> Tensor:
         """Log-density of z in nats, (..., k) -> (...)."""
         return standard_normal_log_prob(z_nk)
 
-    def kl(self, qz: Gaussian) -> Tensor:
-        """KL(q || p) of each cell, (n,), in nats."""
-        return qz.kl_to_standard_normal()
+
+class GaussianMixture(nn.Module):
+    """p(z) = sum_c pi_c N(loc_c, diag(scale_c^2)), all of it learnt (Dilokthanakul et al. 2016, arXiv 1611.02648)."""
+
+    def __init__(self, n_components: int, n_latent: int):
+        super().__init__()
+        self.loc_ck = nn.Parameter(torch.randn(n_components, n_latent))
+        self.log_scale_ck = nn.Parameter(torch.zeros(n_components, n_latent))
+        self.logits_c = nn.Parameter(torch.zeros(n_components))
+
+    def log_prob(self, z_nk: Tensor) -> Tensor:
+        """Log-density of z in nats, (..., k) -> (...)."""
+        return mixture_log_prob(z_nk, DiagonalGaussian(self.loc_ck, self.log_scale_ck.exp()), self.logits_c)
+
+
+class VampPrior(nn.Module):
+    """p(z) = sum_c pi_c q(z | u_c): the encoder's own posteriors at learnt pseudo-inputs (Tomczak, Welling 2018).
+
+    Pseudo-inputs u (c, g) stand where log1p of counts do; each bears the covariates of the cell that it was begun from.
+    """
+
+    def __init__(self, n_components: int, n_genes: int, n_categories: int, n_continuous: int):
+        super().__init__()
+        self.pseudo_cg = nn.Parameter(torch.zeros(n_components, n_genes))
+        self.logits_c = nn.Parameter(torch.zeros(n_components))
+        self.register_buffer("codes", torch.zeros(n_categories, n_components, dtype=torch.int64))
+        self.register_buffer("continuous", torch.zeros(n_components, n_continuous))
+
+    @torch.no_grad()
+    def begin(self, x_cg: Tensor, covariates: Covariates) -> None:
+        """Begin with these cells: counts (c, g)."""
+        self.pseudo_cg.copy_(x_cg.log1p())
+        if len(self.codes):
+            self.codes.copy_(torch.stack([covariates.batch_n, *covariates.categories]))
+        if self.continuous.shape[1]:
+            self.continuous.copy_(covariates.continuous_nc)
+
+
+Prior = StandardNormal | GaussianMixture | VampPrior
+
+
+def mixture_log_prob(z_nk: Tensor, components: Posterior, logits_c: Tensor) -> Tensor:
+    """Log-density of a mixture in nats, (..., k) -> (...)."""
+    return torch.logsumexp(logits_c.log_softmax(0) + components.log_prob(z_nk[..., None, :]), dim=-1)
+
+
+def has_closed_kl(prior: Prior, qz: Posterior) -> bool:
+    """Whether KL(q || p) is known without draws."""
+    return isinstance(prior, StandardNormal) and isinstance(qz, DiagonalGaussian | FullGaussian)

@@ -38,8 +38,9 @@ def dense(x: Counts, dtype: torch.dtype) -> Tensor:
     """Return counts as (n, g), sparse ones in this type."""
     if not isinstance(x, SparseCounts):
         return x
-    shape = (len(x.indptr) - 1, x.n_genes)
-    return torch.sparse_csr_tensor(x.indptr, x.indices.long(), x.data.to(dtype), shape).to_dense()
+    n_obs = len(x.indptr) - 1
+    rows = torch.repeat_interleave(torch.arange(n_obs), x.indptr.diff())
+    return x.data.new_zeros(n_obs, x.n_genes, dtype=dtype).index_put((rows, x.indices.long()), x.data.to(dtype))
 
 
 def is_fused(x: Counts, weight: Tensor) -> bool:

@@ -21,7 +21,7 @@ import torch
 from cohortvi.config import Model
 from cohortvi.inference.checkpoint import Checkpoints, Signals
 from cohortvi.inference.covariates import Sheet
-from cohortvi.inference.objective import Elbo, elbo, kl_weight
+from cohortvi.inference.objective import Elbo, elbo, iwelbo, kl_weight
 from cohortvi.inference.prepare import TRAINING, VALIDATION, Setup, on_device, prepare, seed_torch
 from cohortvi.inference.run import HISTORY, SUMS, Run
 from cohortvi.inference.vae import VAE
@@ -89,11 +89,14 @@ def terms_of(
     seed_torch(setup.seed, *stream)
     n_obs, x = len(minibatch.rows), on_device(minibatch.x_ng, setup.device)
     covariates = setup.covariates(minibatch.obs)
-    noise_nk = torch.randn(n_obs, setup.model.n_latent, device=setup.device)
-    terms = elbo(run.vae, x, covariates, noise_nk, kl_weight=weight)
+    draws = setup.model.draws if stream[0] == TRAINING else 1
+    noise_snk = torch.randn(draws, n_obs, run.vae.n_dimensions, device=setup.device)
+    if draws == 1:
+        terms = elbo(run.vae, x, covariates, noise_snk[0], kl_weight=weight)
+    else:
+        terms = iwelbo(run.vae, x, covariates, noise_snk, kl_weight=weight)
     # One transfer; in float64, because an epoch's sum over float32 would depend on its length.
-    both = torch.stack([terms.reconstruction_n.detach(), terms.kl_n.detach()]).double().sum(1)
-    reconstruction, kl = both.tolist()
+    loss, reconstruction, kl = torch.stack(terms).detach().double().sum(1).tolist()
     if not math.isfinite(reconstruction + kl):
         rows = minibatch.rows.tolist()
         raise ValueError(
@@ -101,7 +104,6 @@ def terms_of(
             f"kl {kl / len(rows)} nats per cell, kl_weight {weight}, rows {rows} of the shards; expected finite terms. "
             "Lower models.*.learning_rate, and look at the counts and covariates of these cells."
         )
-    loss = reconstruction + weight * kl
     return terms, {"cells": n_obs, "loss": loss, "reconstruction": reconstruction, "kl": kl}
 
 

@@ -1,12 +1,13 @@
 """The model: a variational autoencoder of UMI counts (Lopez et al. 2018, Nature Methods 15:1053).
 
-    z_n ~ N(0, I)
+    z_n ~ p(z)                                         standard normal, a mixture of Gaussians, or a VampPrior
     rho_n = softmax(decoder(z_n, covariates_n))        expected fractions of the genes
-    x_ng ~ likelihood(mean = library_n rho_ng, theta_g)
-    q(z_n | x_n) = N(loc(x_n), scale(x_n)^2)           the encoder
+    x_ng ~ likelihood(mean = library_n rho_ng, theta)
+    q(z_n | x_n) = the encoder's posterior             Gaussian, diagonal or of full covariance, or a flow
 
-docs/inference.md derives it. It assumes counts as they are (not normalised) and codes within the stated numbers of
-categories.
+With a latent library, log library_n = loc + scale u_n of the cell's batch, and u_n ~ N(0, 1) is one more latent
+dimension, the last. docs/inference.md derives it. It assumes counts as they are (not normalised) and codes within the
+stated numbers of categories.
 """
 
 from typing import Any
@@ -16,17 +17,25 @@ from torch import Tensor, nn
 
 from cohortvi.inference.fused import Head
 from cohortvi.inference.likelihoods import Likelihood, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from cohortvi.inference.networks import Covariates, Decoder, Encoder, Hidden, observed_library
-from cohortvi.inference.posteriors import DiagonalGaussian
-from cohortvi.inference.priors import StandardNormal
+from cohortvi.inference.networks import Covariates, Decoder, Encoder, Hidden, Teller, Told, observed_library
+from cohortvi.inference.posteriors import Posterior, standard_normal_log_prob
+from cohortvi.inference.priors import GaussianMixture, Prior, StandardNormal, VampPrior, mixture_log_prob
 from cohortvi.inference.sparse import Counts, dense, is_fused
 
-LIKELIHOODS = ("nb", "zinb", "poisson")
-DISPERSIONS = ("gene", "gene-batch")
+CHOICES = {
+    "likelihood": ("nb", "zinb", "poisson"),
+    "dispersion": ("gene", "gene-batch", "gene-cell"),
+    "library": ("observed", "latent"),
+    "posterior": ("diagonal", "full", "flow"),
+    "prior": ("standard_normal", "mixture", "vamp"),
+    "decoder": ("nonlinear", "linear"),
+    "norm": ("batch", "layer", "none"),
+    "coding": ("one_hot", "embedding"),
+}
 
 
 class VAE(nn.Module):
-    """Encoder, decoder and dispersions. `settings` holds the arguments: VAE(**vae.settings) has the same shapes."""
+    """Encoder, decoder, prior and dispersions. `settings` holds the arguments: VAE(**settings) has the same shapes."""
 
     def __init__(  # noqa: PLR0913 - by name, and together they are the model
         self,
@@ -42,77 +51,124 @@ class VAE(nn.Module):
         n_categories: tuple[int, ...] = (),
         n_continuous: int = 0,
         encode_covariates: bool,
+        library: str = "observed",
+        posterior: str = "diagonal",
+        prior: str = "standard_normal",
+        n_components: int = 50,
+        decoder: str = "nonlinear",
+        norm: str = "batch",
+        coding: str = "one_hot",
+        n_embedding: int = 10,
     ):
         super().__init__()
-        _check("likelihood", likelihood, LIKELIHOODS)
-        _check("dispersion", dispersion, DISPERSIONS)
         self.settings: dict[str, Any] = {
-            "n_genes": n_genes,
-            "n_batches": n_batches,
-            "n_latent": n_latent,
-            "n_hidden": n_hidden,
-            "n_layers": n_layers,
-            "dropout": dropout,
-            "likelihood": likelihood,
-            "dispersion": dispersion,
-            "n_categories": tuple(n_categories),
-            "n_continuous": n_continuous,
-            "encode_covariates": encode_covariates,
+            name: value for name, value in locals().items() if name not in ("self", "__class__")
         }
-        self.likelihood, self.dispersion, self.encode_covariates = likelihood, dispersion, encode_covariates
-        self.n_latent = n_latent
-        self.prior = StandardNormal()
+        for name, known in CHOICES.items():
+            if self.settings[name] not in known:
+                raise ValueError(f"{name}: found {self.settings[name]!r}; expected one of {', '.join(known)}")
+        self.settings["n_categories"] = tuple(n_categories)
+        self.likelihood, self.dispersion, self.library = likelihood, dispersion, library
+        self.encode_covariates, self.n_latent = encode_covariates, n_latent
+        n_embedding = n_embedding if coding == "embedding" else 0
         codes = (n_batches, *n_categories)
-        told = {"n_categories": codes, "n_continuous": n_continuous}
-        encoded = told if encode_covariates else {"n_categories": (), "n_continuous": 0}
-        encoder = Hidden(n_hidden, n_layers, n_genes=n_genes, dropout=dropout, **encoded)
+        self.told_encoder = Teller(codes, n_continuous, n_embedding) if encode_covariates else Teller((), 0, 0)
+        self.told_decoder = Teller(codes, n_continuous, n_embedding)
+        both = {"norm": norm}
+        hidden = Hidden(n_hidden, n_layers, self.told_encoder, n_genes=n_genes, dropout=dropout, **both)
+        self.encoder = Encoder(self.n_dimensions, hidden, posterior)
         # No dropout in the decoder, as in scvi-tools: it would be noise on the likelihood's mean.
-        decoder = Hidden(n_hidden, n_layers, n_in=n_latent, dropout=0.0, **told)
-        self.encoder = Encoder(n_latent, encoder)
-        self.decoder = Decoder(n_genes, decoder, zero_inflated=likelihood == "zinb")
-        if likelihood != "poisson":
+        nonlinear = decoder == "nonlinear"
+        hidden = (
+            Hidden(n_hidden, n_layers, self.told_decoder, n_in=n_latent, dropout=0.0, **both) if nonlinear else None
+        )
+        own = {"zero_inflated": likelihood == "zinb", "own_theta": self._has_theta and dispersion == "gene-cell"}
+        self.decoder = Decoder(n_genes, n_latent, self.told_decoder, hidden, **own)
+        if self._has_theta and dispersion != "gene-cell":
             # N(0, 1) as in scvi-tools: genes start around theta = 1, between the over-dispersed and the Poisson-like.
-            shape = (n_genes,) if dispersion == "gene" else (n_batches, n_genes)
-            self.log_theta = nn.Parameter(torch.randn(shape))
+            self.log_theta = nn.Parameter(torch.randn((n_genes,) if dispersion == "gene" else (n_batches, n_genes)))
+        self.prior: Prior = StandardNormal()
+        if prior == "mixture":
+            self.prior = GaussianMixture(n_components, n_latent)
+        if prior == "vamp":
+            told = (len(codes), n_continuous) if encode_covariates else (0, 0)
+            self.prior = VampPrior(n_components, n_genes, *told)
+        if library == "latent":  # mean and standard deviation of the log library in each batch, over the training cells
+            self.register_buffer("library_loc_b", torch.zeros(n_batches))
+            self.register_buffer("library_scale_b", torch.ones(n_batches))
 
-    def encode(self, x: Counts, covariates: Covariates) -> DiagonalGaussian:
-        """Return q(z | x), (n, k), of counts (n, g). Without encode_covariates the covariates do not matter."""
-        if self.encode_covariates:
-            return DiagonalGaussian(*self.encoder(x, _codes(covariates), covariates.continuous_nc))
-        return DiagonalGaussian(*self.encoder(x, (), None))
+    @property
+    def n_dimensions(self) -> int:
+        """Latent dimensions of a cell, a latent library among them."""
+        return self.n_latent + (self.library == "latent")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        return self.decoder.px_scale.weight.device
+
+    @property
+    def _has_theta(self) -> bool:
+        return self.likelihood != "poisson"
+
+    def encode(self, x: Counts, covariates: Covariates) -> Posterior:
+        """Return q(z | x) of counts (n, g); a latent library is its last dimension.
+
+        Without encode_covariates the covariates do not matter.
+        """
+        return self.encoder(x, self.told_encoder(covariates) if self.encode_covariates else Told())
+
+    def log_prior(self, z_nk: Tensor) -> Tensor:
+        """Return log p(z) in nats, (..., k) -> (...)."""
+        if isinstance(self.prior, VampPrior):
+            return mixture_log_prob(z_nk, self._pseudo_posteriors(), self.prior.logits_c)
+        log_p = self.prior.log_prob(z_nk[..., : self.n_latent])
+        is_latent = self.library == "latent"
+        return log_p + standard_normal_log_prob(z_nk[..., self.n_latent :]) if is_latent else log_p
+
+    def _pseudo_posteriors(self) -> Posterior:
+        """Return the posteriors of the pseudo-inputs, by the statistics of the cells that were seen before."""
+        prior, (batch_c, *categories) = self.prior, self.prior.codes if len(self.prior.codes) else (None,)
+        training = self.encoder.training
+        self.encoder.eval()
+        continuous = prior.continuous if prior.continuous.shape[1] else None
+        qz = self.encode(torch.expm1(prior.pseudo_cg), Covariates(batch_c, tuple(categories), continuous))
+        self.encoder.train(training)
+        return qz
 
     def decode(self, z_nk: Tensor, library_n1: Tensor, covariates: Covariates) -> Likelihood:
         """Return p(x | z) of cells with `library_n1` UMI over the model's genes; z (n, k) -> parameters (n, g)."""
-        log_px_scale_ng, zi_logits_ng = self.decoder(self._hidden(z_nk, covariates))
-        log_px_rate_ng = library_n1.log() + log_px_scale_ng
-        if self.likelihood == "poisson":
-            return Poisson(log_px_rate_ng)
-        log_theta = self.log_theta if self.dispersion == "gene" else self.log_theta.index_select(0, covariates.batch_n)
-        if zi_logits_ng is None:
-            return NegativeBinomial(log_px_rate_ng, log_theta)
-        return ZeroInflatedNegativeBinomial(log_px_rate_ng, log_theta, zi_logits_ng)
+        return self._likelihood(self._features(z_nk, covariates), library_n1.log(), covariates)
 
     def reconstruction(self, x: Counts, z_nk: Tensor, covariates: Covariates) -> Tensor:
-        """Return -log p(x | z) of each cell, (n,), at its observed library; counts (n, g), z (n, k)."""
-        library_n1 = observed_library(x)
-        if not is_fused(x, z_nk):
-            return -self.decode(z_nk, library_n1, covariates).log_prob(dense(x, z_nk.dtype)).sum(1)
+        """Return -log p(x | z) of each cell, (n,); counts (n, g), z (n, k). An observed library is that of x."""
+        h_nh, log_library_n1 = self._features(z_nk, covariates), self._log_library(x, z_nk, covariates)
+        if not is_fused(x, z_nk) or self.dispersion == "gene-cell":
+            return -self._likelihood(h_nh, log_library_n1, covariates).log_prob(dense(x, z_nk.dtype)).sum(1)
         log_theta, rows_n = None, covariates.batch_n
-        if self.likelihood != "poisson":
+        if self._has_theta:
             log_theta = self.log_theta if self.dispersion == "gene-batch" else self.log_theta[None]
             rows_n = rows_n if self.dispersion == "gene-batch" else torch.zeros_like(rows_n)
         heads = [tensor for head in self.decoder.heads for tensor in (head.weight, head.bias)]
-        h_nh = self._hidden(z_nk, covariates)
-        return Head.apply(x, torch.is_grad_enabled(), rows_n, h_nh, library_n1[:, 0].log(), log_theta, *heads)
+        return Head.apply(x, torch.is_grad_enabled(), rows_n, h_nh, log_library_n1[:, 0], log_theta, *heads)
 
-    def _hidden(self, z_nk: Tensor, covariates: Covariates) -> Tensor:
-        return self.decoder.hidden(z_nk, _codes(covariates), covariates.continuous_nc)
+    def _features(self, z_nk: Tensor, covariates: Covariates) -> Tensor:
+        return self.decoder.features(z_nk[:, : self.n_latent], self.told_decoder(covariates))
 
+    def _log_library(self, x: Counts, z_nk: Tensor, covariates: Covariates) -> Tensor:
+        if self.library == "observed":
+            return observed_library(x).log()
+        loc_n, scale_n = self.library_loc_b[covariates.batch_n], self.library_scale_b[covariates.batch_n]
+        return (loc_n + scale_n * z_nk[:, self.n_latent])[:, None]
 
-def _codes(covariates: Covariates) -> tuple[Tensor, ...]:
-    return (covariates.batch_n, *covariates.categories)
-
-
-def _check(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: found {value!r}; expected one of {', '.join(known)}")
+    def _likelihood(self, h_nh: Tensor, log_library_n1: Tensor, covariates: Covariates) -> Likelihood:
+        log_px_scale_ng, zi_logits_ng, log_theta = self.decoder(h_nh)
+        log_px_rate_ng = log_library_n1 + log_px_scale_ng
+        if not self._has_theta:
+            return Poisson(log_px_rate_ng)
+        if log_theta is None:
+            is_shared = self.dispersion == "gene"
+            log_theta = self.log_theta if is_shared else self.log_theta.index_select(0, covariates.batch_n)
+        if zi_logits_ng is None:
+            return NegativeBinomial(log_px_rate_ng, log_theta)
+        return ZeroInflatedNegativeBinomial(log_px_rate_ng, log_theta, zi_logits_ng)
