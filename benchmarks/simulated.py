@@ -145,13 +145,18 @@ def var_of(preset: Preset) -> pd.DataFrame:
     return pd.DataFrame(index=[f"gene{i:05d}" for i in range(preset.n_vars)])
 
 
-def write_h5ad(preset: Preset, path: Path) -> None:
-    """Write a data set as others expect it: float32 counts and int32 ids as CSR, not compressed. Held in memory."""
+def simulate(preset: Preset) -> ad.AnnData:
+    """Return a data set as others expect it: float32 counts and int32 ids as CSR."""
     truth = draw_truth(preset)
     cells = draw_cells(preset, truth)
     indptr, indices, data = joined(list(draw_blocks(preset, truth, cells)))
     arrays = (data.astype(np.float32), indices.astype(np.int32), indptr)
     x = sp.csr_matrix(arrays, shape=(preset.n_obs, preset.n_vars))
     obs = obs_of(preset, cells, pd.RangeIndex(preset.n_obs).astype(str))
+    return ad.AnnData(x, obs=obs, var=var_of(preset))
+
+
+def write_h5ad(preset: Preset, path: Path) -> None:
+    """Write a data set, not compressed. Held in memory."""
     with replacing(path) as partial:
-        ad.AnnData(x, obs=obs, var=var_of(preset)).write_h5ad(partial)
+        simulate(preset).write_h5ad(partial)

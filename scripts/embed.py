@@ -2,6 +2,7 @@
 
 from cohortvi import log
 from cohortvi.atlas.embed import embed
+from cohortvi.config import Embed, build
 from cohortvi.files import write_json
 
 log.start(snakemake.log[0])
@@ -10,9 +11,12 @@ manifest = embed(
     found.model,
     found.counts,
     snakemake.output.store,
+    build(Embed, params.config),
     sheet=params.covariates,
     chunk_cells=params.chunk_cells,
     threads=snakemake.threads,
 )
 write_json(manifest, snakemake.output.manifest)
-log.logger.info("%d cells, %d latent dimensions", manifest["n_obs"], manifest["n_latent"])
+log.logger.info(
+    "%d cells, %d latent dimensions, refined: %s", *(manifest[key] for key in ("n_obs", "n_latent", "refined"))
+)

@@ -222,7 +222,17 @@ def _gap(folder: Path, kept: pd.DataFrame, rng: np.random.Generator) -> None:
     latent = {"kl": rng.gamma(1, 0.8, 10).tolist(), "variance": rng.uniform(0, 1, 10).tolist()}
     settings = build(Gap, yaml.safe_load(CONFIG.read_text())["gap"])
     write_table(table, folder / "gap.parquet")
-    write_json(summary(table, curves, latent, settings), folder / "gap.json")
+    values = {"zero_fraction": 0.8, "library_mean": 900.0, "library_sd": 0.4, "variance_over_mean": 1.5}
+    checks = [
+        {"batch": batch, "cells": 50, "statistic": name, "observed": value, "replicated": 1.01 * value}
+        | {"low": 0.98 * value, "high": 1.04 * value}
+        for batch in sorted(kept["batch"].unique())
+        for name, value in values.items()
+    ]
+    ranks = rng.multinomial(300, np.full(10, 0.1), 10).tolist()
+    covered = {level: rng.uniform(level - 0.05, level + 0.05, 10).tolist() for level in (0.5, 0.9)}
+    criticism = {"predictive": checks, "calibration": {"draws": 99, "histogram": ranks, "coverage": covered}}
+    write_json(summary(table, curves, latent, settings) | criticism, folder / "gap.json")
 
 
 def _markers(k: int, fake: Fake, rng: np.random.Generator) -> pd.DataFrame:

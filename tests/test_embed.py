@@ -14,6 +14,7 @@ from tiny_cohort import MODEL, VARIANTS, manifests
 
 from cohortvi.atlas import embed as module
 from cohortvi.atlas.embed import embed, open_latent
+from cohortvi.config import Embed
 from cohortvi.files import write_json
 from cohortvi.inference.checkpoint import load_model, save_model
 from cohortvi.inference.networks import Covariates
@@ -21,6 +22,7 @@ from cohortvi.inference.train import fit
 
 SHEET = {"site": {"s0": "north", "s1": "south"}, "dose": {"s0": "0.5", "s1": "2"}}
 TOLD = {"encode_covariates": True, "categorical_covariates": ("site", "sex"), "continuous_covariates": ("dose", "age")}
+PLAIN = Embed(refine_above=None, steps=100)
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +42,9 @@ def counts_of(cohort: Path) -> list[Path]:
     return [cohort / "counts" / "s0.json", cohort / "counts" / "s1.json"]
 
 
-def run(cohort: Path, out: Path, name: str = "plain", counts=None, **changes) -> dict:
+def run(cohort: Path, out: Path, name: str = "plain", counts=None, settings: Embed = PLAIN, **changes) -> dict:
     options = {"sheet": SHEET, "chunk_cells": 64, "threads": 1} | changes
-    return embed(cohort / f"{name}.safetensors", counts or counts_of(cohort), out, **options)
+    return embed(cohort / f"{name}.safetensors", counts or counts_of(cohort), out, settings, **options)
 
 
 def test_the_store_is_an_anndata_with_every_cell_in_order(cohort, tmp_path):
@@ -82,6 +84,22 @@ def test_values_are_those_of_the_encoder_with_each_cells_covariates(cohort, tmp_
         np.testing.assert_allclose(here.obsm["X_latent_std"], qz.scale_nk, atol=1e-5)
 
 
+def test_refined_cells_have_the_larger_elbo_and_others_stay(cohort, tmp_path):
+    plain = run(cohort, tmp_path / "plain.zarr")
+    assert plain["refined"] == {"cells": 0, "elbo_gain": 0.0, "shift": 0.0}
+    whole = run(cohort, tmp_path / "whole.zarr", settings=Embed(0.0, 100))
+    assert whole["refined"]["cells"] == 300
+    assert whole["refined"]["elbo_gain"] > 0.05
+    some = run(cohort, tmp_path / "some.zarr", settings=Embed(0.5, 100))
+    assert 0 < some["refined"]["cells"] < 300
+    assert some["refined"]["elbo_gain"] > whole["refined"]["elbo_gain"]
+    means = [ad.io.read_zarr(tmp_path / f"{name}.zarr").obsm["X_latent"] for name in ("plain", "whole", "some")]
+    moved = (means[0] != means[2]).any(1)
+    assert moved.sum() == some["refined"]["cells"]
+    np.testing.assert_allclose(means[2][moved], means[1][moved], atol=0.5)
+    assert whole["content"] != plain["content"]
+
+
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_every_variant_embeds_cells_in_chunks_of_any_size(cohort, tmp_path, changes):
     splits = manifests(cohort, "train"), manifests(cohort, "validation")
@@ -91,7 +109,9 @@ def test_every_variant_embeds_cells_in_chunks_of_any_size(cohort, tmp_path, chan
     found = []
     for chunk_cells in (64, 300):
         out = tmp_path / f"{chunk_cells}.zarr"
-        embed(tmp_path / "model.safetensors", counts_of(cohort), out, sheet={}, chunk_cells=chunk_cells, threads=1)
+        embed(
+            tmp_path / "model.safetensors", counts_of(cohort), out, PLAIN, sheet={}, chunk_cells=chunk_cells, threads=1
+        )
         found.append(ad.io.read_zarr(out).obsm)
     for name in ("X_latent", "X_latent_std"):
         assert found[0][name].shape == (300, 3)
@@ -149,7 +169,7 @@ def with_genes(cohort: Path, folder: Path, genes: list[str]) -> Path:
 
 def test_genes_are_found_by_their_names(cohort, tmp_path):
     model = with_genes(cohort, tmp_path, [f"gene{i}" for i in reversed(range(tiny_cohort.N_VARS))])
-    embed(model, counts_of(cohort), tmp_path / "latent.zarr", sheet={}, chunk_cells=200, threads=1)
+    embed(model, counts_of(cohort), tmp_path / "latent.zarr", PLAIN, sheet={}, chunk_cells=200, threads=1)
     x, _ = tiny_cohort.simulate(150, seed=0)
     x_ng = torch.from_numpy(x.toarray()[:, ::-1].astype(np.float32))
     with torch.inference_mode():
@@ -160,7 +180,7 @@ def test_genes_are_found_by_their_names(cohort, tmp_path):
 def test_stores_with_none_of_the_models_genes_are_refused(cohort, tmp_path):
     model = with_genes(cohort, tmp_path, [f"ENSG{i}" for i in range(tiny_cohort.N_VARS)])
     with pytest.raises(ValueError, match="it has none of the 30 genes of the model"):
-        embed(model, counts_of(cohort), tmp_path / "o.zarr", sheet={}, chunk_cells=9, threads=1)
+        embed(model, counts_of(cohort), tmp_path / "o.zarr", PLAIN, sheet={}, chunk_cells=9, threads=1)
     assert not (tmp_path / "o.zarr").exists()
 
 

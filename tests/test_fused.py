@@ -14,7 +14,7 @@ from cohortvi.inference.fused import CountsProduct, Head
 from cohortvi.inference.likelihoods import nb_log_prob, poisson_log_prob, zinb_log_prob
 from cohortvi.inference.networks import Covariates
 from cohortvi.inference.objective import elbo
-from cohortvi.inference.sparse import Counts, SparseCounts, sparse_counts
+from cohortvi.inference.sparse import Counts, SparseCounts, dense, sparse_counts, take_rows
 from cohortvi.inference.vae import VAE
 
 LOSS, GRADIENT = 1e-6, 1e-5  # relative; gradients in L2 over a tensor
@@ -157,23 +157,36 @@ def test_first_layer_of_any_shape(n_obs, n_genes, n_hidden, seed):
     np.testing.assert_array_equal(x.library_n, x_ng.sum(1))
 
 
+@given(rows=st.lists(st.integers(0, 19), max_size=30))
+@settings(max_examples=20, deadline=None)
+def test_rows_taken_are_those_of_the_dense_counts(rows):
+    x_ng, rows = draw_counts(20, 15, 0), torch.tensor(rows, dtype=torch.int64)
+    taken = take_rows(sparse(x_ng), rows)
+    np.testing.assert_array_equal(dense(taken, torch.float64), x_ng[rows.numpy()].reshape(-1, 15))
+    again = sparse(x_ng[rows.numpy()].reshape(-1, 15))
+    assert all(torch.equal(a, b) for a, b in zip(taken, again, strict=True) if isinstance(a, torch.Tensor))
+
+
 def test_cells_without_any_count():
     torch.manual_seed(0)
     check(model("zinb", "gene", 50), np.zeros((5, 50), np.int64), 0)
 
 
 @given(st.floats(-100, 100, width=32))
+@settings(deadline=None)  # the first call compiles
 def test_exponential(x):
     expected = math.exp(min(max(x, -87.3), 88.0))
     assert heads.exp(np.float32(x)) == pytest.approx(expected, rel=3e-7)
 
 
 @given(st.floats(2**-120, 2**120, width=32))
+@settings(deadline=None)  # the first call compiles
 def test_logarithm(x):
     assert heads.log(np.float32(x)) == pytest.approx(math.log(x), rel=3e-7, abs=1e-7)
 
 
 @given(st.floats(0, 2**60, width=32))
+@settings(deadline=None)  # the first call compiles
 def test_logarithm_of_one_and_a_bit(x):
     x = np.float32(x)
     found = heads.log1p(x, np.float32(1) / (np.float32(1) + x))
@@ -181,12 +194,14 @@ def test_logarithm_of_one_and_a_bit(x):
 
 
 @given(st.floats(0, 80, width=32))
+@settings(deadline=None)  # the first call compiles
 def test_one_minus_an_exponential(t):
     found = heads.decayed(np.float32(t), np.float32(math.exp(-t)))
     assert found == pytest.approx(-math.expm1(-t), rel=1e-6)
 
 
 @given(st.sampled_from([1, 2, 7, 8, 9, 31, 1_000, 1_001, 10**6]), st.floats(-20, 20))
+@settings(deadline=None)  # the first call compiles
 def test_ratios_of_gamma_functions(x, log_theta):
     theta = math.exp(log_theta)
     with mpmath.workdps(40):

@@ -11,7 +11,17 @@ ROOMS = ["config", "files", "log", "digest", "cohort", "store", "inference", "at
 BASE = {"config", "files", "log", "digest"}
 # The two rooms that meet: where inference and files come together.
 COMPILED = {"first_layer", "fused", "heads", "sparse"}
-MATHEMATICS = {"likelihoods", "priors", "posteriors", "networks", "vae", "objective", "adam", "bounds"} | COMPILED
+MATHEMATICS = {
+    "likelihoods",
+    "priors",
+    "posteriors",
+    "networks",
+    "vae",
+    "objective",
+    "adam",
+    "bounds",
+    "criticism",
+} | COMPILED
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 

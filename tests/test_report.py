@@ -105,7 +105,7 @@ def test_ledger_shown_equals_the_file(page: Page, folder: Path) -> None:
 
 def test_every_figure_is_numbered_and_has_a_caption(page: Page) -> None:
     figures = [int(n) for n in re.findall(r"<figcaption><b>Figure (\d+)\. [^<]+</b> [^<]{40,}</figcaption>", page.html)]
-    assert figures == list(range(1, 2 + 5 * 2 + 1 + 1))
+    assert figures == list(range(1, 2 + 6 * 2 + 1 + 1))
     assert [attrs["id"] for tag, attrs in page.tags if attrs.get("id", "").startswith("figure-")] == [
         f"figure-{n}" for n in figures
     ]

@@ -167,7 +167,14 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class Embed:
+    refine_above: float | None
+    steps: int
+
+
+@dataclass(frozen=True)
 class Atlas:
+    embed: Embed
     neighbors: Neighbors
     clusters: Clusters
     layout: Layout

@@ -84,6 +84,7 @@ rule embed:
         runtime=minutes(4 * 60),
         gpu=1,
     params:
+        config=config["atlas"]["embed"],
         chunk_cells=config["cohort"]["chunk_cells"],
         covariates=lambda wildcards: sections.sheet_covariates(CONFIG.models[wildcards.model], sheet),
         code=code("embed"),

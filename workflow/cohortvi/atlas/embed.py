@@ -18,11 +18,15 @@ import zarr
 from zarr.codecs import BloscCodec
 from zarr.core.dtype import VariableLengthUTF8
 
+from cohortvi.config import Embed
 from cohortvi.files import read_json, replacing
 from cohortvi.inference.checkpoint import load_model
 from cohortvi.inference.covariates import BATCH, Columns, Sheet
 from cohortvi.inference.networks import Covariates
-from cohortvi.inference.prepare import choose_device, on_device, output_for
+from cohortvi.inference.posteriors import DiagonalGaussian
+from cohortvi.inference.prepare import choose_device, on_device, output_for, seed_torch
+from cohortvi.inference.refinement import Refined, refined
+from cohortvi.inference.sparse import Counts
 from cohortvi.inference.vae import VAE
 from cohortvi.store.counts import CountsReader
 from cohortvi.store.layout import quiet
@@ -53,18 +57,44 @@ class Cells(NamedTuple):
     scale_nk: np.ndarray
 
 
+class Changes:
+    """What refinement changed, over all cells."""
+
+    def __init__(self) -> None:
+        self.cells, self.gain, self.shift = 0, 0.0, 0.0
+
+    def add(self, found: Refined) -> None:
+        """Take in what became of some cells."""
+        self.cells += len(found.gain_m)
+        self.gain += float(found.gain_m.double().sum())
+        self.shift += float(found.shift_m.double().sum())
+
+    def facts(self) -> dict[str, float]:
+        """Return the cells refined, their mean gain in ELBO (nats) and mean shift of the posterior mean (in sd)."""
+        n = max(1, self.cells)
+        return {"cells": self.cells, "elbo_gain": self.gain / n, "shift": self.shift / n}
+
+
 def embed(
-    model: str | Path, counts: Sequence[str | Path], out: str | Path, *, sheet: Sheet, chunk_cells: int, threads: int
+    model: str | Path,
+    counts: Sequence[str | Path],
+    out: str | Path,
+    settings: Embed,
+    *,
+    sheet: Sheet,
+    chunk_cells: int,
+    threads: int,
 ) -> dict[str, Any]:
     """Write the store `out` for the cells of the counts stores with these manifests, in order; return its manifest.
 
     `sheet`: as `fit` takes it; `chunk_cells`: cells encoded together. The manifest holds n_obs, n_latent, cells by
-    sample, and a digest of names, means and standard deviations. Errors: ValueError if a store has other genes than the
-    model, or, for a model that encodes covariates, a value that it was not trained on.
+    sample, how many were refined and what that changed, and a digest of names, means and standard deviations.
+    Errors: ValueError if a store has other genes than the model, or, for a model that encodes covariates or refines, a
+    value that it was not trained on.
     """
     torch.set_num_threads(threads)
     vae, facts = load_model(model)
-    encoder = _Encoder(vae, Columns.from_facts(facts), sheet, choose_device(facts["settings"]["device"]))
+    encoder = _Encoder(vae, Columns.from_facts(facts), sheet, choose_device(facts["settings"]["device"]), settings)
     readers = [open_counts(path, facts["genes"]) for path in counts]
     for reader in readers:
         _check_genes(reader, facts["genes"])
@@ -74,6 +104,7 @@ def embed(
         root = _create(partial, list(samples), manifest["n_obs"], vae.n_latent)
         cells = (block for code, reader in enumerate(readers) for block in encoder.encode(reader, code, chunk_cells))
         manifest["content"] = _write(root, cells)
+        manifest["refined"] = encoder.changes.facts()
         root.attrs["manifest"] = manifest
         zarr.consolidate_metadata(partial)
     return manifest
@@ -101,16 +132,19 @@ def _check_genes(reader: CountsReader, genes: list[str]) -> None:
 class _Encoder:
     """A model that encodes the cells of counts stores, told their covariates if it asks for them."""
 
-    def __init__(self, vae: VAE, columns: Columns, sheet: Sheet, device: torch.device):
+    def __init__(self, vae: VAE, columns: Columns, sheet: Sheet, device: torch.device, settings: Embed):
         self.vae, self.columns, self.sheet, self.device = vae.to(device), columns, sheet, device
+        self.settings, self.changes = settings, Changes()
+        vae.requires_grad_(requires_grad=False)
         noise_snk = torch.randn(MOMENT_DRAWS, 1, vae.n_dimensions, generator=torch.Generator().manual_seed(0))
         self.noise_snk = noise_snk.to(device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, reader: CountsReader, code: int, chunk_cells: int) -> Iterator[Cells]:
         """Yield the cells of a store, in order, as those of the sample with this code."""
         names = reader.obs.index.to_numpy(dtype=object)
-        values = self._covariates(reader) if self.vae.encode_covariates and reader.n_obs else {}
+        is_told = self.vae.encode_covariates or self.settings.refine_above is not None
+        values = self._covariates(reader) if is_told and reader.n_obs else {}
         store = ShardedCounts([reader])
         for x, _, rows in Loader(store, batch_size=chunk_cells, seed=0, shuffle=False, output=output_for(self.device)):
             start, stop = rows[0], rows[-1] + 1
@@ -118,9 +152,20 @@ class _Encoder:
             # An encoder that is not told the covariates gives new batches a place, too: their code is not looked at.
             unknown = Covariates(torch.zeros(len(rows), dtype=torch.int64, device=self.device))
             known = self.columns.covariates(here, self.device) if here else unknown
-            qz = self.vae.encode(on_device(x, self.device), known)
-            loc_nk, scale_nk = (value[:, : self.vae.n_latent].cpu().numpy() for value in qz.moments(self.noise_snk))
+            counts = on_device(x, self.device)
+            moments = self.vae.encode(counts, known).moments(self.noise_snk)
+            if self.settings.refine_above is not None:
+                moments = self._refine(counts, known, DiagonalGaussian(*moments), (code, start))
+            loc_nk, scale_nk = (value[:, : self.vae.n_latent].cpu().numpy() for value in moments)
             yield Cells(names[start:stop], np.full(stop - start, code), loc_nk, scale_nk)
+
+    def _refine(
+        self, x: Counts, known: Covariates, start: DiagonalGaussian, where: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        seed_torch(0, *where)
+        found = refined(self.vae, x, known, start, self.settings.refine_above, self.settings.steps)
+        self.changes.add(found)
+        return found.loc_nk, found.scale_nk
 
     def _covariates(self, reader: CountsReader) -> dict[str, np.ndarray]:
         tables = self.columns.sheet_tables(self.sheet, list(reader.manifest["samples"]))

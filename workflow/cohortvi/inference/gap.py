@@ -19,6 +19,7 @@ from cohortvi.config import Gap
 from cohortvi.inference.bounds import importance, log_weights, refine
 from cohortvi.inference.checkpoint import load_model
 from cohortvi.inference.covariates import SAMPLE, Columns, Sheet
+from cohortvi.inference.criticism import Statistics, by_batch, calibration_ranks, coverage, replicates, statistics
 from cohortvi.inference.gap_summary import summary
 from cohortvi.inference.posteriors import DiagonalGaussian
 from cohortvi.inference.prepare import GAP, choose_device, seed_torch
@@ -31,6 +32,8 @@ from cohortvi.store.sharded import ShardedCounts
 TOGETHER = 512  # cells that are fitted together
 DRAWS = (1, 10, 100, 1000)  # of which importance-weighted bounds are told
 PROPOSALS = ("encoder", "refined")
+REPLICATES = 20  # of every cell, in posterior predictive checks
+RANKED, BINS = 99, 10  # posterior draws that a simulated value is ranked among, and bins of the ranks
 
 
 class Bounds(NamedTuple):
@@ -71,6 +74,8 @@ def gap(
         _check_genes(store, facts["genes"])
         cells = read_cells(store, draw_cells(store, settings.cells, seed), columns, sheet)
         bounds = _bounds(vae, cells, settings, seed, device)
+        if split == "validation":
+            criticism = _criticism(vae, to_device(cells, device), columns, seed)
         obs = cells.obs.assign(cell=names_of(cells.obs, counts), split=split, n_counts=cells.x.library_n.numpy())
         tables.append(obs.assign(**{name: value.cpu().numpy() for name, value in bounds.columns.items()}))
         found[split] = bounds
@@ -80,7 +85,7 @@ def gap(
     curves = [row for split, bounds in found.items() for row in _curve(split, bounds, settings.draws)]
     held_out = found["validation"]
     latent = {"kl": held_out.kl_nk.mean(0).tolist(), "variance": held_out.loc_nk.var(0, correction=0).tolist()}
-    facts = summary(table, curves, latent, settings)
+    facts = summary(table, curves, latent, settings) | criticism
     _check_limits(facts["limits"])
     return table, facts
 
@@ -130,6 +135,23 @@ def _bounds_of(vae: VAE, cells: Cells, settings: Gap, seed: int, start: int) -> 
     }
     by_draws = [torch.stack([importance(w, k).bound_n for k in _told(settings.draws)], 1) for w in weights[::2]]
     return Bounds(columns, *by_draws, start.loc_nk, start.kl_by_dimension())
+
+
+def _criticism(vae: VAE, cells: Cells, columns: Columns, seed: int) -> dict[str, Any]:
+    """Return posterior predictive checks by batch, and the ranks of simulation-based calibration by dimension."""
+    seed_torch(seed, GAP, len(cells.obs))
+    observed, checks = list(by_batch(cells.x, cells.covariates.batch_n)), []
+    drawn = replicates(vae, cells.x, cells.covariates, REPLICATES)
+    found_rbt = torch.tensor([[statistics(x_ng[rows_m]) for _, rows_m, _ in observed] for x_ng in drawn])
+    for (code, rows_m, x_mg), found_rt in zip(observed, found_rbt.unbind(1), strict=True):
+        for name, value, replicated_r in zip(Statistics._fields, statistics(x_mg), found_rt.T, strict=True):
+            low, high = replicated_r.quantile(torch.tensor([0.05, 0.95])).tolist()
+            row = {"batch": columns.batches[code], "cells": len(rows_m), "statistic": name, "observed": float(value)}
+            checks.append(row | {"replicated": float(replicated_r.mean()), "low": low, "high": high})
+    ranks_nk = calibration_ranks(vae, cells.x, cells.covariates, RANKED)
+    histogram = [torch.histc(rank.float(), BINS, 0, RANKED + 1).int().tolist() for rank in ranks_nk.T]
+    covered = coverage(ranks_nk, RANKED)
+    return {"predictive": checks, "calibration": {"draws": RANKED, "histogram": histogram, "coverage": covered}}
 
 
 def khat(log_weights_sn: Tensor) -> Tensor:

@@ -89,6 +89,10 @@ class Poisson(NamedTuple):
         """Log-probability of each count, (n, g) -> (n, g)."""
         return poisson_log_prob(x_ng, self.log_px_rate_ng)
 
+    def sample(self) -> Tensor:
+        """Return counts, (n, g), by torch's generators."""
+        return torch.poisson(self.log_px_rate_ng.exp())
+
 
 class NegativeBinomial(NamedTuple):
     """Negative binomial counts; log_px_rate (n, g), log_theta (g,) or (n, g)."""
@@ -99,6 +103,11 @@ class NegativeBinomial(NamedTuple):
     def log_prob(self, x_ng: Tensor) -> Tensor:
         """Log-probability of each count, (n, g) -> (n, g)."""
         return nb_log_prob(x_ng, self.log_px_rate_ng, self.log_theta)
+
+    def sample(self) -> Tensor:
+        """Return counts, (n, g), by torch's generators: Poisson counts whose rates are gamma distributed."""
+        theta_ng = self.log_theta.exp().expand_as(self.log_px_rate_ng)
+        return torch.poisson(torch._standard_gamma(theta_ng) * (self.log_px_rate_ng - self.log_theta).exp())
 
 
 class ZeroInflatedNegativeBinomial(NamedTuple):
@@ -111,6 +120,11 @@ class ZeroInflatedNegativeBinomial(NamedTuple):
     def log_prob(self, x_ng: Tensor) -> Tensor:
         """Log-probability of each count, (n, g) -> (n, g)."""
         return zinb_log_prob(x_ng, self.log_px_rate_ng, self.log_theta, self.zi_logits_ng)
+
+    def sample(self) -> Tensor:
+        """Return counts, (n, g), by torch's generators."""
+        counts_ng = NegativeBinomial(self.log_px_rate_ng, self.log_theta).sample()
+        return counts_ng * torch.bernoulli(torch.sigmoid(-self.zi_logits_ng))
 
 
 Likelihood = Poisson | NegativeBinomial | ZeroInflatedNegativeBinomial

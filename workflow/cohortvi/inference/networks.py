@@ -26,6 +26,18 @@ class Covariates(NamedTuple):
     categories: tuple[Tensor, ...] = ()  # int64 codes, one (n,) for each categorical covariate
     continuous_nc: Tensor | None = None  # standardised; None where the model has none
 
+    def take(self, rows: Tensor | slice) -> "Covariates":
+        """Return those of some cells."""
+        continuous_nc = None if self.continuous_nc is None else self.continuous_nc[rows]
+        return Covariates(self.batch_n[rows], tuple(code_n[rows] for code_n in self.categories), continuous_nc)
+
+    def to(self, device: torch.device) -> "Covariates":
+        """Return the same on a device."""
+        continuous_nc = None if self.continuous_nc is None else self.continuous_nc.to(device)
+        return Covariates(
+            self.batch_n.to(device), tuple(code_n.to(device) for code_n in self.categories), continuous_nc
+        )
+
 
 class CountsLinear(nn.Module):
     """A linear layer on log1p of counts. The weights of a gene lie together, for a cell's few genes to be added up."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cohortvi.inference.networks import Covariates
-from cohortvi.inference.posteriors import DiagonalGaussian, FullGaussian, Posterior, standard_normal_log_prob
+from cohortvi.inference.posteriors import DiagonalGaussian, Flow, FullGaussian, Posterior, standard_normal_log_prob
 
 
 class StandardNormal(nn.Module):
@@ -24,9 +24,14 @@ class GaussianMixture(nn.Module):
         self.log_scale_ck = nn.Parameter(torch.zeros(n_components, n_latent))
         self.logits_c = nn.Parameter(torch.zeros(n_components))
 
+    @property
+    def components(self) -> DiagonalGaussian:
+        """The Gaussians, (c, k)."""
+        return DiagonalGaussian(self.loc_ck, self.log_scale_ck.exp())
+
     def log_prob(self, z_nk: Tensor) -> Tensor:
         """Log-density of z in nats, (..., k) -> (...)."""
-        return mixture_log_prob(z_nk, DiagonalGaussian(self.loc_ck, self.log_scale_ck.exp()), self.logits_c)
+        return mixture_log_prob(z_nk, self.components, self.logits_c)
 
 
 class VampPrior(nn.Module):
@@ -58,6 +63,14 @@ Prior = StandardNormal | GaussianMixture | VampPrior
 def mixture_log_prob(z_nk: Tensor, components: Posterior, logits_c: Tensor) -> Tensor:
     """Log-density of a mixture in nats, (..., k) -> (...)."""
     return torch.logsumexp(logits_c.log_softmax(0) + components.log_prob(z_nk[..., None, :]), dim=-1)
+
+
+def mixture_sample(n: int, components: Posterior, logits_c: Tensor) -> Tensor:
+    """Return n draws of a mixture, (n, k), by torch's generators."""
+    base = components.base if isinstance(components, Flow) else components
+    z_nck, _ = components.draw(torch.randn(n, *base.loc_nk.shape, device=logits_c.device))
+    chosen_n = torch.multinomial(logits_c.softmax(0), n, replacement=True)
+    return z_nck[torch.arange(n, device=logits_c.device), chosen_n]
 
 
 def has_closed_kl(prior: Prior, qz: Posterior) -> bool:

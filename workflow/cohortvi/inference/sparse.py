@@ -34,6 +34,16 @@ def sparse_counts(indptr: Tensor, indices: Tensor, data: Tensor, n_genes: int) -
     return SparseCounts(indptr, indices, data, n_genes, log1p, library_n)
 
 
+def take_rows(x: Counts, rows: Tensor) -> Counts:
+    """Return some cells' counts, in the order of `rows`."""
+    if not isinstance(x, SparseCounts):
+        return x[rows]
+    sizes = x.indptr.diff()[rows]
+    indptr = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    at = torch.arange(int(indptr[-1])) + torch.repeat_interleave(x.indptr[rows] - indptr[:-1], sizes)
+    return SparseCounts(indptr, x.indices[at], x.data[at], x.n_genes, x.log1p[at], x.library_n[rows])
+
+
 def dense(x: Counts, dtype: torch.dtype) -> Tensor:
     """Return counts as (n, g), sparse ones in this type."""
     if not isinstance(x, SparseCounts):

@@ -10,7 +10,7 @@ import torch
 
 from cohortvi.inference.covariates import SAMPLE, Columns, Sheet
 from cohortvi.inference.networks import Covariates
-from cohortvi.inference.sparse import Counts, SparseCounts, dense, sparse_counts
+from cohortvi.inference.sparse import Counts, dense, sparse_counts, take_rows
 from cohortvi.store.opening import open_counts
 from cohortvi.store.sharded import ShardedCounts
 
@@ -24,18 +24,8 @@ class Cells(NamedTuple):
 
     def part(self, start: int, stop: int) -> "Cells":
         """Return cells start:stop."""
-        batch_n, categories, continuous_nc = self.covariates
-        continuous_nc = None if continuous_nc is None else continuous_nc[start:stop]
-        covariates = Covariates(batch_n[start:stop], tuple(code_n[start:stop] for code_n in categories), continuous_nc)
-        return Cells(_rows(self.x, start, stop), covariates, self.obs.iloc[start:stop])
-
-
-def _rows(x: Counts, start: int, stop: int) -> Counts:
-    if not isinstance(x, SparseCounts):
-        return x[start:stop]
-    first, last = int(x.indptr[start]), int(x.indptr[stop])
-    entries = (values[first:last] for values in (x.indices, x.data))
-    return sparse_counts(x.indptr[start : stop + 1] - first, *entries, x.n_genes)
+        rows = torch.arange(start, stop)
+        return Cells(take_rows(self.x, rows), self.covariates.take(rows), self.obs.iloc[start:stop])
 
 
 def draw_cells(store: ShardedCounts, n: int, seed: int) -> list[np.ndarray]:
@@ -110,7 +100,4 @@ def to_device(cells: Cells, device: torch.device) -> Cells:
     """Return the cells where a model on this device takes them: dense on a GPU."""
     if device.type == "cpu":
         return cells
-    batch_n, categories, continuous_nc = cells.covariates
-    continuous_nc = None if continuous_nc is None else continuous_nc.to(device)
-    covariates = Covariates(batch_n.to(device), tuple(code_n.to(device) for code_n in categories), continuous_nc)
-    return Cells(dense(cells.x, torch.float32).to(device), covariates, cells.obs)
+    return Cells(dense(cells.x, torch.float32).to(device), cells.covariates.to(device), cells.obs)

@@ -19,7 +19,14 @@ from cohortvi.inference.fused import Head
 from cohortvi.inference.likelihoods import Likelihood, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from cohortvi.inference.networks import Covariates, Decoder, Encoder, Hidden, Teller, Told, observed_library
 from cohortvi.inference.posteriors import Posterior, standard_normal_log_prob
-from cohortvi.inference.priors import GaussianMixture, Prior, StandardNormal, VampPrior, mixture_log_prob
+from cohortvi.inference.priors import (
+    GaussianMixture,
+    Prior,
+    StandardNormal,
+    VampPrior,
+    mixture_log_prob,
+    mixture_sample,
+)
 from cohortvi.inference.sparse import Counts, dense, is_fused
 
 CHOICES = {
@@ -139,6 +146,19 @@ class VAE(nn.Module):
     def decode(self, z_nk: Tensor, library_n1: Tensor, covariates: Covariates) -> Likelihood:
         """Return p(x | z) of cells with `library_n1` UMI over the model's genes; z (n, k) -> parameters (n, g)."""
         return self._likelihood(self._features(z_nk, covariates), library_n1.log(), covariates)
+
+    def predict(self, x: Counts, z_nk: Tensor, covariates: Covariates) -> Likelihood:
+        """Return p(x | z) of cells with these latent values, (n, k), and the library of x where it is observed."""
+        return self._likelihood(self._features(z_nk, covariates), self._log_library(x, z_nk, covariates), covariates)
+
+    def sample_prior(self, n: int) -> Tensor:
+        """Return n draws of p(z), (n, k), by torch's generators."""
+        z_nk = torch.randn(n, self.n_dimensions, device=self.device)
+        if isinstance(self.prior, VampPrior):
+            return mixture_sample(n, self._pseudo_posteriors(), self.prior.logits_c)
+        if isinstance(self.prior, GaussianMixture):
+            z_nk[:, : self.n_latent] = mixture_sample(n, self.prior.components, self.prior.logits_c)
+        return z_nk
 
     def reconstruction(self, x: Counts, z_nk: Tensor, covariates: Covariates) -> Tensor:
         """Return -log p(x | z) of each cell, (n,); counts (n, g), z (n, k). An observed library is that of x."""

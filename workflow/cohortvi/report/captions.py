@@ -64,6 +64,16 @@ GAP_GROUPS = (
     "Held-out cells by sample, batch and kept columns, at least 5 each. A group far above the others is one that the "
     "encoder has hardly seen: refine it, or train again with it."
 )
+CHECKS = (
+    "Counts drawn anew for the held-out cells from what the model says of each, 20 times, beside those observed; of up "
+    "to 5 batches, those furthest off. Within: between the 5th and the 95th percentile of the simulations."
+)
+CALIBRATION = (
+    "Latent values were drawn from the prior, cells simulated from them, and each value ranked among 99 draws of the "
+    "cell's posterior; a line a dimension. A true posterior gives even ranks (grey: 95 % of the noise); a hump in the "
+    "middle, one that is too wide, a dip, too narrow. Of central 50 % intervals {half} hold the value, of 90 % "
+    "intervals {most}."
+)
 MAPS = (
     "{which}, laid out by UMAP of the neighbour graph in the latent space and drawn in random order. The axes have "
     "no unit; distances between groups mean little. Numbers stand at the median of their cluster's "

@@ -12,7 +12,7 @@ from cohortvi.files import read_json, read_table
 from cohortvi.report import captions, words
 from cohortvi.report.blocks import Block, Figure, Panel, Section, Table
 from cohortvi.report.inputs import ModelFiles
-from cohortvi.report.theme import ACCENT, INK, MUTED, VARIABLES, axes, to_svg
+from cohortvi.report.theme import ACCENT, INK, MUTED, RULE, VARIABLES, axes, to_svg
 from cohortvi.report.words import number, percent
 
 QUANTITIES = {  # column of gap.parquet: what it is called
@@ -35,6 +35,13 @@ LIMITS = {
     "unreliable_share": "Cells with k-hat above 0.7",
 }
 GROUPS = 12  # groups told, those of the largest gap
+BATCHES = 5  # whose checks are told, those furthest off
+CHECKS = {
+    "zero_fraction": ("share of zeros", 3),
+    "library_mean": ("UMI per cell, mean", 0),
+    "library_sd": ("UMI per cell, s.d. of log", 3),
+    "variance_over_mean": ("variance over mean, median gene", 2),
+}
 BINS = 40
 
 
@@ -43,6 +50,7 @@ def trust_section(name: str, files: ModelFiles) -> Section:
     facts, cells = read_json(files.gap), read_table(files.gap_cells)
     blocks: list[Block] = [_gaps(facts), _figure(facts, cells), _limits(facts)]
     blocks += [_groups(facts["groups"])] if facts["groups"] else []
+    blocks += [_checks(facts["predictive"]), _calibration(facts["calibration"])]
     return Section(f"trust-{name}", "How far the posterior can be trusted", blocks, level=3)
 
 
@@ -150,3 +158,40 @@ def _groups(groups: list[dict[str, Any]]) -> Table:
         "k-hat > 0.7",
     ]
     return Table("Groups with the largest gaps.", captions.GAP_GROUPS, header, "llrrrrr", rows)
+
+
+def _checks(checks: list[dict[str, Any]]) -> Table:
+    """Return the checks of the batches that are furthest off in any statistic, all of theirs."""
+    table = pd.DataFrame(checks)
+    width = (table["high"] - table["low"]).clip(lower=1e-9)
+    table["off"] = (table["observed"] - table["replicated"]).abs() / width
+    worst = table.groupby("batch", sort=False)["off"].max().sort_values(ascending=False, kind="stable").index
+    shown = table[table["batch"].isin(worst[:BATCHES])]
+    rows = []
+    for row in shown.to_dict("records"):
+        label, digits = CHECKS[row["statistic"]]
+        values = [number(row[key], digits) for key in ("observed", "replicated", "low", "high")]
+        inside = "yes" if row["low"] <= row["observed"] <= row["high"] else "no"
+        rows.append([row["batch"], label, *values, inside])
+    header = ["batch", "statistic", "observed", "simulated", "5 %", "95 %", "within"]
+    return Table("Posterior predictive checks.", captions.CHECKS, header, "llrrrrl", rows)
+
+
+def _calibration(facts: Mapping[str, Any]) -> Figure:
+    counts = np.array(facts["histogram"], float)
+    n, bins = counts[0].sum(), counts.shape[1]
+    ax = axes(400, 240, (50, 12, 44, 10))
+    spread = 1.96 * np.sqrt((1 - 1 / bins) / (n / bins))
+    ax.axhspan(1 - spread, 1 + spread, color=RULE, linewidth=0)
+    edges = np.linspace(0, 100, bins + 1)
+    for rank in counts:
+        ax.stairs(rank / (n / bins), edges, color=ACCENT, alpha=0.6, baseline=None)
+    ax.set_xlabel("rank of the simulated value among draws of its posterior (%)")
+    ax.set_ylabel("cells over those expected")
+    ax.set_ylim(0, None)
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+    ax.grid(axis="y")
+    label = "Ranks of simulated latent values, a line for each latent dimension"
+    covered = {level: f"{percent(min(of))} to {percent(max(of))}" for level, of in facts["coverage"].items()}
+    caption = captions.CALIBRATION.format(half=covered["0.5"], most=covered["0.9"])
+    return Figure("Calibration of the posterior.", caption, [Panel(to_svg(ax, label), "Ranks of simulated values")])
