@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from workflows import copy_repository, run
+from workflows import demo_clone, run
 
 from cohortvi.config import Config, check
 
@@ -50,6 +50,6 @@ def demo_config(demo_values, config_schema) -> Config:
 @pytest.fixture(scope="session")
 def undisturbed_demo(tmp_path_factory) -> Path:
     """A clone in which the demo ran from beginning to end, to compare others with."""
-    clone = copy_repository(tmp_path_factory.mktemp("undisturbed") / "clone")
+    clone = demo_clone(tmp_path_factory.mktemp("undisturbed") / "clone")
     run(clone, tiny=False)
     return clone

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from workflows import assert_same_results, command, copy_repository, environment, run
+from workflows import assert_same_results, command, copy_repository, demo_clone, environment, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -80,7 +80,7 @@ def test_a_run_killed_again_and_again_ends_like_one_left_alone(undisturbed_demo,
 
 
 def test_a_killed_run_tells_how_to_take_its_lock_away(tmp_path):
-    clone = copy_repository(tmp_path / "clone")
+    clone = demo_clone(tmp_path / "clone")
     kill_during(clone, "simulate", 0.5, tmp_path / "run.log")
     refused = run(clone, tiny=False, check=False)
     assert refused.returncode != 0

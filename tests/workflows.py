@@ -44,6 +44,18 @@ GATHER = {"select_genes": 1, "train": 1, "gap": 1, "embed": 1, "neighbors": 1, "
           "markers": 1, "metrics": 1, "atlas": 1, "ledger": 1, "report": 1}  # fmt: skip
 
 
+def demo_clone(target: Path) -> Path:
+    """Return a clone with the demo cohort, of which rule gap looks at few cells."""
+    clone = copy_repository(target)
+    config = clone / "config/config.yaml"
+    text = config.read_text()
+    for name, value, few in (("cells", 1000, 100), ("steps", 300, 50), ("draws", 1000, 100)):
+        assert f"  {name}: {value} #" in text
+        text = text.replace(f"  {name}: {value} #", f"  {name}: {few} #")
+    config.write_text(text)
+    return clone
+
+
 def copy_repository(target: Path, source: Path = ROOT) -> Path:
     """Copy what a clone holds, uncommitted changes included, without results."""
     shutil.copytree(source, target, ignore=NOT_COPIED)
