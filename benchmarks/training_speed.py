@@ -21,7 +21,6 @@ import anndata as ad
 import numpy as np
 import torch
 from simulated import Preset, simulate
-from torch import Tensor
 from training import Trainer, make_trainer
 
 from cohortvi.inference.bounds import importance, log_weights
@@ -93,10 +92,7 @@ class Ours:
                 part = cells.part(start, min(start + 1024, n))
                 qz = vae.encode(part.x, part.covariates)
                 noise_snk = torch.randn(1 if what == "elbo" else DRAWS, *qz.loc_nk.shape)
-
-                def log_joint(z_nk: Tensor, part: Cells = part) -> Tensor:
-                    return vae.log_prior(z_nk) - vae.reconstruction(part.x, z_nk, part.covariates)
-
+                log_joint = vae.log_joint(part.x, part.covariates)
                 found.append(qz.loc_nk if what == "latent" else log_weights(log_joint, qz, noise_snk))
         vae.train()
         return found if what != "marginal" else [importance(weights_sn, DRAWS) for weights_sn in found]

@@ -101,11 +101,10 @@ def _bounds(vae: VAE, cells: Cells, settings: Gap, seed: int, device: torch.devi
     return Bounds(columns, *(torch.cat(values) for values in zip(*(part[1:] for part in parts), strict=True)))
 
 
-def _bounds_of(vae: VAE, cells: Cells, settings: Gap, seed: int, start: int) -> Bounds:
-    def log_joint(z_nk: Tensor) -> Tensor:
-        return vae.log_prior(z_nk) - vae.reconstruction(cells.x, z_nk, cells.covariates)
-
-    seed_torch(seed, GAP, start)
+def _bounds_of(vae: VAE, cells: Cells, settings: Gap, seed: int, first: int) -> Bounds:
+    """Return what is found of these cells, of which `first` is the first one's number."""
+    log_joint = vae.log_joint(cells.x, cells.covariates)
+    seed_torch(seed, GAP, first)
     noise_snk = torch.randn(settings.draws, len(cells.obs), vae.n_dimensions, device=vae.device)
     with torch.no_grad():
         encoder = vae.encode(cells.x, cells.covariates)

@@ -62,7 +62,7 @@ def _of_cells(cells: pd.DataFrame) -> dict[str, Any]:
 
 
 def _groups(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Yield the gaps of every sample, batch and value of a kept text column, by split, largest groups' order kept."""
+    """Yield the mean gaps of every sample, batch and value of a kept text column, by split."""
     texts = [name for name in table if table[name].dtype == object and name not in ("cell", "split")]
     for column in texts:
         for (split, value), cells in table.groupby(["split", column], observed=True, sort=True):

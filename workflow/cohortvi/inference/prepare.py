@@ -126,7 +126,10 @@ def start(vae: VAE, store: ShardedCounts, columns: Columns, sheet: Sheet, *, see
     if isinstance(vae.prior, VampPrior):
         n_components = len(vae.prior.logits_c)
         if store.n_obs < n_components:
-            raise ValueError(f"n_components: found {n_components}; expected at most the {store.n_obs} training cells")
+            raise ValueError(
+                f"n_components: found {n_components}; expected at most the {store.n_obs} training cells, since each "
+                "pseudo-input begins as one of them. Lower models.*.n_components, or take another prior."
+            )
         cells = read_cells(store, draw_cells(store, n_components, seed), columns, sheet)
         vae.prior.begin(dense(cells.x, torch.float32), cells.covariates)
     if vae.library == "latent":

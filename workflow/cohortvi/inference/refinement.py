@@ -30,27 +30,17 @@ def refined(vae: VAE, x: Counts, covariates: Covariates, start: DiagonalGaussian
     0 all cells are refined. `start`: the encoder's posteriors. Random numbers are those of torch's generators.
     """
     noise_snk = torch.randn(DRAWS, *start.loc_nk.shape, device=vae.device)
-    weights_sn = _weights(vae, x, covariates, start, noise_snk)
+    with torch.no_grad():
+        weights_sn = log_weights(vae.log_joint(x, covariates), start, noise_snk).double()
     chosen = (importance(weights_sn, DRAWS).bound_n - weights_sn.mean(0) >= above).nonzero()[:, 0]
     if not len(chosen):
         return Refined(*start, chosen.float(), chosen.float())
-    part, known = take_rows(x, chosen), covariates.take(chosen)
     before = DiagonalGaussian(*(value[chosen] for value in start))
-
-    def log_joint(z_nk: Tensor) -> Tensor:
-        return vae.log_prior(z_nk) - vae.reconstruction(part, z_nk, known)
-
+    log_joint = vae.log_joint(take_rows(x, chosen), covariates.take(chosen))
     with torch.enable_grad():
         after = refine(log_joint, before, is_full=False, steps=steps)
-    gain_m = _weights(vae, part, known, after, noise_snk[:, chosen]).mean(0) - weights_sn[:, chosen].mean(0)
+    with torch.no_grad():
+        gain_m = log_weights(log_joint, after, noise_snk[:, chosen]).mean(0) - weights_sn[:, chosen].mean(0)
     shift_m = ((after.loc_nk - before.loc_nk) / before.scale_nk).square().mean(1).sqrt()
     moments = (whole.index_copy(0, chosen, own) for whole, own in zip(start, after, strict=True))
     return Refined(*moments, gain_m, shift_m)
-
-
-@torch.no_grad()
-def _weights(vae: VAE, x: Counts, covariates: Covariates, qz: DiagonalGaussian, noise_snk: Tensor) -> Tensor:
-    def log_joint(z_nk: Tensor) -> Tensor:
-        return vae.log_prior(z_nk) - vae.reconstruction(x, z_nk, covariates)
-
-    return log_weights(log_joint, qz, noise_snk)

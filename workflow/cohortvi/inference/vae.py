@@ -10,6 +10,7 @@ dimension, the last. docs/inference.md derives it. It assumes counts as they are
 stated numbers of categories.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -171,6 +172,10 @@ class VAE(nn.Module):
             rows_n = rows_n if self.dispersion == "gene-batch" else torch.zeros_like(rows_n)
         heads = [tensor for head in self.decoder.heads for tensor in (head.weight, head.bias)]
         return Head.apply(x, torch.is_grad_enabled(), rows_n, h_nh, log_library_n1[:, 0], log_theta, *heads)
+
+    def log_joint(self, x: Counts, covariates: Covariates) -> Callable[[Tensor], Tensor]:
+        """Return a function of z: log p(x | z) + log p(z) of these cells in nats, (n, k) -> (n,)."""
+        return lambda z_nk: self.log_prior(z_nk) - self.reconstruction(x, z_nk, covariates)
 
     def _features(self, z_nk: Tensor, covariates: Covariates) -> Tensor:
         return self.decoder.features(z_nk[:, : self.n_latent], self.told_decoder(covariates))

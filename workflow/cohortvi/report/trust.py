@@ -50,7 +50,8 @@ def trust_section(name: str, files: ModelFiles) -> Section:
     facts, cells = read_json(files.gap), read_table(files.gap_cells)
     blocks: list[Block] = [_gaps(facts), _figure(facts, cells), _limits(facts)]
     blocks += [_groups(facts["groups"])] if facts["groups"] else []
-    blocks += [_checks(facts["predictive"]), _calibration(facts["calibration"])]
+    blocks += [_checks(facts["predictive"])] if facts["predictive"] else []  # no batch has two of the cells
+    blocks.append(_calibration(facts["calibration"]))
     return Section(f"trust-{name}", "How far the posterior can be trusted", blocks, level=3)
 
 
