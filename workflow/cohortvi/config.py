@@ -1,18 +1,17 @@
 """The config as typed, immutable values; the values themselves live in config/config.yaml alone.
 
-`check` compares a config with its schema and words what it finds for the user; the dataclasses below carry the
+`check` compares a config with its schema; faults.py words what it finds for the user. The dataclasses below carry the
 checked sections into the package, so their fields are the schema's keys. They hold no defaults.
 """
 
-import difflib
-import re
 import types
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar
 
 import jsonschema
+
+from cohortvi.faults import cross_faults, describe
 
 T = TypeVar("T")
 
@@ -250,77 +249,9 @@ def check(config: dict[str, Any], schema: dict[str, Any]) -> Config:
     """
     found = jsonschema.Draft202012Validator(schema).iter_errors(config)
     errors = sorted(found, key=lambda error: [str(part) for part in error.absolute_path])
-    faults = [fault for error in errors for fault in _describe(error)]
+    faults = [fault for error in errors for fault in describe(error)]
     if not faults:
-        faults = list(_cross_faults(config))
+        faults = list(cross_faults(config))
     if faults:
         raise ValueError("the config has faults:\n" + "\n".join(f"  - {fault}" for fault in faults))
     return build(Config, config)
-
-
-def _describe(error: jsonschema.ValidationError) -> Iterator[str]:
-    where = ".".join(str(part) for part in error.absolute_path)
-    if error.validator == "additionalProperties":
-        known = list(error.schema.get("properties", {}))
-        for key in sorted(set(error.instance) - set(known)):
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            yield f"{f'{where}.' if where else ''}{key}: unknown key; {hint}"
-    elif error.validator == "required":
-        missing = [key for key in error.validator_value if key not in error.instance]
-        yield f"{where or 'config'}: missing {', '.join(missing)}; take it over from this release's config/config.yaml"
-    else:
-        found = f"found {error.instance!r} ({_kind(error.instance)})"
-        yield f"{where}: {found}; expected {_expected(error)}{_advice(error)}"
-
-
-def _advice(error: jsonschema.ValidationError) -> str:
-    described = error.schema.get("description")
-    if described:
-        return f" ({described})"
-    # YAML 1.1 reads 1e-3 as text: a number in this notation needs a point.
-    if isinstance(error.instance, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", error.instance):
-        number = float(error.instance)
-        return f"; write {number:g} or {error.instance.lower().replace('e', '.0e', 1)}"
-    return ""
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list"}
-    return "nothing" if value is None else names.get(type(value), "a section")
-
-
-def _expected(error: jsonschema.ValidationError) -> str:
-    value = error.validator_value
-    words = {
-        "type": lambda: " or ".join(value) if isinstance(value, list) else value,
-        "enum": lambda: "one of " + ", ".join(map(str, value)),
-        "minimum": lambda: f"at least {value}",
-        "maximum": lambda: f"at most {value}",
-        "exclusiveMinimum": lambda: f"more than {value}",
-        "exclusiveMaximum": lambda: f"less than {value}",
-        "pattern": lambda: f"letters, digits, '_', '-' and '.' only ({value})",
-        "minItems": lambda: f"at least {value} of them",
-        "minProperties": lambda: f"at least {value} of them",
-    }
-    return words.get(error.validator, lambda: error.message)()
-
-
-def _cross_faults(config: dict[str, Any]) -> Iterator[str]:
-    clusters = config["atlas"]["clusters"]
-    if clusters["shown"] not in clusters["resolutions"]:
-        expected = f"expected one of atlas.clusters.resolutions {clusters['resolutions']}"
-        yield f"atlas.clusters.shown: found {clusters['shown']}; {expected}"
-    both = sorted(set(config["genes"]["always"]) & set(config["genes"]["never"]))
-    if both:
-        yield f"genes.always and genes.never both hold {', '.join(both[:5])}; expected each gene in one of them at most"
-    metrics = {"n_genes_by_counts", "total_counts", *(f"pct_counts_{name}" for name in config["qc"]["gene_sets"])}
-    for where, names in [
-        ("qc.thresholds", config["qc"]["thresholds"]),
-        *((f"qc.overrides.{sample}", sections) for sample, sections in config["qc"]["overrides"].items()),
-    ]:
-        for name in sorted(set(names) - metrics):
-            near = difflib.get_close_matches(name, metrics, n=1)
-            yield f"{where}.{name}: no such metric; " + (
-                f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(metrics))}"
-            )
