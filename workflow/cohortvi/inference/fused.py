@@ -101,11 +101,8 @@ def _head(
         compiled.poisson_head(*_arrays(*logits), csr, cells, out, threads, is_trained)
     else:
         dtheta = torch.zeros(threads, *log_theta.shape)
-        dispersion = _arrays(log_theta, rows_n, dtheta)
-        if len(logits) == 1:
-            compiled.nb_head(*_arrays(*logits), csr, cells, out, dispersion, is_trained)
-        else:
-            compiled.zinb_head(_arrays(*logits), csr, cells, out, dispersion, is_trained)
+        px_scale, zi_logits = (*_arrays(*logits), None)[:2]
+        compiled.nb_head(px_scale, zi_logits, csr, cells, out, _arrays(log_theta, rows_n, dtheta), is_trained)
     return nll_n, logits, (dlibrary_n, dtheta)
 
 

@@ -321,38 +321,33 @@ def poisson_head(logits: Array, csr: Arrays, cells: Arrays, out: Arrays, parts: 
 
 
 @numba.njit(**LOOPS)
-def nb_head(logits: Array, csr: Arrays, cells: Arrays, out: Arrays, dispersion: Arrays, is_trained: bool) -> None:
+def nb_head(
+    logits: Array,
+    zi_logits: Array | None,
+    csr: Arrays,
+    cells: Arrays,
+    out: Arrays,
+    dispersion: Arrays,
+    is_trained: bool,
+) -> None:
     """Write minus the log-likelihood of each cell; with `is_trained`, the gradients of its weighted sum as well.
 
-    logits (n, g): overwritten, by their gradient if `is_trained`. csr: indptr (n + 1,), ids, counts. cells: log of the
-    library and weight, (n,). out: minus the log-likelihood and the gradient by log library, (n,). dispersion: log_theta
-    (r, g); rows (n,), which of its rows a cell has; dtheta (t, r, g), zeros, to whose parts cells are dealt: the
-    gradient by log_theta is their sum.
+    logits (n, g): overwritten, by their gradient if `is_trained`, and so are zi_logits, of a ZINB (None: an NB).
+    csr: indptr (n + 1,), ids, counts. cells: log of the library and weight, (n,). out: minus the log-likelihood and the
+    gradient by log library, (n,). dispersion: log_theta (r, g); rows (n,), which of its rows a cell has; dtheta
+    (t, r, g), zeros, to whose parts cells are dealt: the gradient by log_theta is their sum.
     """
     (indptr, ids, counts), (log_library, weights), (nll, dlibrary) = csr, cells, out
     log_theta, rows, dtheta = dispersion
     theta, parts = np.exp(log_theta), len(dtheta)
     inverse = ONE / theta
     for part in numba.prange(parts):
-        scratch = _aligned(4, logits.shape[1])
+        scratch = _aligned(8, logits.shape[1])
         for n in range(len(nll) * part // parts, len(nll) * (part + 1) // parts):
             row, nonzero = rows[n], (ids[indptr[n] : indptr[n + 1]], counts[indptr[n] : indptr[n + 1]])
             thetas = (theta[row], inverse[row], log_theta[row])
             given = (f64(log_library[n]), f64(weights[n]), thetas, dtheta[part, row], scratch, is_trained)
-            nll[n], dlibrary[n] = _nb_row(logits[n], nonzero, *given)
-
-
-@numba.njit(**LOOPS)
-def zinb_head(logits: Arrays, csr: Arrays, cells: Arrays, out: Arrays, dispersion: Arrays, is_trained: bool) -> None:
-    """As `nb_head`; logits: those of the fractions and those of zero inflation, both overwritten."""
-    (indptr, ids, counts), (log_library, weights), (nll, dlibrary) = csr, cells, out
-    (px_scale, zi), (log_theta, rows, dtheta) = logits, dispersion
-    theta, parts = np.exp(log_theta), len(dtheta)
-    inverse = ONE / theta
-    for part in numba.prange(parts):
-        scratch = _aligned(8, px_scale.shape[1])
-        for n in range(len(nll) * part // parts, len(nll) * (part + 1) // parts):
-            row, nonzero = rows[n], (ids[indptr[n] : indptr[n + 1]], counts[indptr[n] : indptr[n + 1]])
-            thetas = (theta[row], inverse[row], log_theta[row])
-            given = (f64(log_library[n]), f64(weights[n]), thetas, dtheta[part, row], scratch, is_trained)
-            nll[n], dlibrary[n] = _zinb_row((px_scale[n], zi[n]), nonzero, *given)
+            if zi_logits is None:
+                nll[n], dlibrary[n] = _nb_row(logits[n], nonzero, *given)
+            else:
+                nll[n], dlibrary[n] = _zinb_row((logits[n], zi_logits[n]), nonzero, *given)
