@@ -57,7 +57,7 @@ test-kill: $(VENV)/.test ## kill -9 during every rule of the demo; the results m
 
 test-slurm: $(VENV)/.test ## the demo on a real Slurm on this machine (root, Debian)
 	tests/slurm/start.sh
-	COHORTVI_SLURM=1 $(BIN)/python -m pytest tests/test_slurm.py; status=$$?; tests/slurm/stop.sh; exit $$status
+	COHORTVI_SLURM=1 $(BIN)/python -m pytest -m slurm tests; status=$$?; tests/slurm/stop.sh; exit $$status
 
 lint: $(VENV)/.test ## style of Python, Snakemake and English
 	$(BIN)/ruff check .

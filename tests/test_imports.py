@@ -21,6 +21,7 @@ MATHEMATICS = {
     "adam",
     "bounds",
     "criticism",
+    "ranks",
 } | COMPILED
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -59,7 +60,20 @@ def test_mathematics_imports_torch_and_numpy_only(name):
     compilers = {"numba", "llvmlite"} if name in COMPILED else set()
     assert (
         outside
-        <= {"torch", "numpy", "math", "typing", "collections", "abc", "dataclasses", "threading", "functools"}
+        <= {
+            "torch",
+            "numpy",
+            "math",
+            "typing",
+            "collections",
+            "abc",
+            "dataclasses",
+            "threading",
+            "functools",
+            "os",
+            "contextlib",
+            "contextvars",
+        }
         | compilers
     )
     assert inside <= MATHEMATICS

@@ -66,6 +66,7 @@ NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=26818 CPUs=4 RealMemory=1
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=26828 CPUs=4 RealMemory=16000 Gres=gpu:test:1 State=UNKNOWN
 PartitionName=cpu Nodes=n1 Default=YES MaxTime=2-00:00:00 State=UP
 PartitionName=gpu Nodes=n2 MaxTime=2-00:00:00 State=UP
+PartitionName=all Nodes=n1,n2 MaxTime=2-00:00:00 State=UP
 CONF
 echo "NodeName=n2 Name=gpu Type=test File=/dev/null" >"$root/gres.conf"
 # Jobs start with every SLURM_ variable stripped, so the configuration has to lie where Slurm looks by itself.

@@ -9,13 +9,16 @@ from pathlib import Path
 logger = logging.getLogger("cohortvi")
 
 
-def start(path: str | Path) -> logging.Logger:
-    """Send the log, and whatever ends the script, to `path` and to standard error; return the logger."""
+def start(path: str | Path, *, mode: str = "w", errors_only: bool = False) -> logging.Logger:
+    """Send the log, and whatever ends the script, to `path` and to standard error; return the logger.
+
+    `mode`: w begins the file anew, a adds to it. `errors_only`: of processes beside the one that tells of the work.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     formatter = logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.ERROR if errors_only else logging.INFO)
     logger.handlers.clear()
-    for handler in (logging.FileHandler(path, mode="w"), logging.StreamHandler(sys.stderr)):
+    for handler in (logging.FileHandler(path, mode=mode), logging.StreamHandler(sys.stderr)):
         handler.setFormatter(formatter)
         logger.addHandler(handler)
     sys.excepthook = _log_exception

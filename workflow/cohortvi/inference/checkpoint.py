@@ -44,11 +44,14 @@ def forget_other_runs(folder: Path, prefix: str | Path) -> None:
 class Checkpoints:
     """The checkpoints of one training run in one folder, as a context that holds the folder's lock."""
 
-    def __init__(self, folder: Path, minutes: float):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, minutes: float, *, is_owner: bool = True):
+        """`is_owner`: this process writes, and holds the lock; the others of a run read what it writes."""
+        self.folder, self.is_owner = Path(folder), is_owner
         self.seconds = 60 * minutes
 
     def __enter__(self) -> "Checkpoints":
+        if not self.is_owner:
+            return self
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = (self.folder / "lock").open("w")
         try:
@@ -65,7 +68,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.lock.close()
+        if self.is_owner:
+            self.lock.close()
 
     def due(self, *, epoch_end: bool) -> bool:
         """Whether the last checkpoint is older than the clock allows; at the end of an epoch, than a few seconds."""

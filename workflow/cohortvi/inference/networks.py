@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cohortvi.inference import ranks
 from cohortvi.inference.fused import CountsProduct
 from cohortvi.inference.posteriors import Coupling, DiagonalGaussian, Flow, FullGaussian, Posterior
 from cohortvi.inference.sparse import Counts, SparseCounts, dense, is_fused
@@ -121,7 +122,7 @@ def observed_library(x: Counts) -> Tensor:
 
 NORMS = {
     # Momentum and eps of the original TensorFlow scVI, as in scvi-tools.
-    "batch": lambda n_hidden: nn.BatchNorm1d(n_hidden, eps=1e-3, momentum=0.01),
+    "batch": lambda n_hidden: ranks.BatchNorm(n_hidden, eps=1e-3, momentum=0.01),
     "layer": nn.LayerNorm,
     "none": lambda n_hidden: nn.Identity(),
 }
@@ -181,9 +182,11 @@ def dropout_mask(h_nh: Tensor, share: float) -> Tensor:
 
     Of 16 random bits each, four units a random number: drawn one at a time, they are an eighth of a small step's time.
     """
-    bits = torch.empty(-(-h_nh.numel() // 4), dtype=torch.int64, device=h_nh.device).random_(-(2**63), None)
+    shape = ranks.whole(len(h_nh)), h_nh.shape[1]
+    size = shape[0] * shape[1]
+    bits = torch.empty(-(-size // 4), dtype=torch.int64, device=h_nh.device).random_(-(2**63), None)
     least = round(share * 2**16) - 2**15
-    kept = bits.view(torch.int16)[: h_nh.numel()].view(h_nh.shape) >= least
+    kept = ranks.own(bits.view(torch.int16)[:size].view(shape)) >= least
     return kept * (1 / (1 - share))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cohortvi.config import Model
 from cohortvi.files import digest, read_json
+from cohortvi.inference import ranks
 from cohortvi.inference.adam import Adam
 from cohortvi.inference.covariates import BATCH, SAMPLE, Columns, Sheet, moments, number
 from cohortvi.inference.networks import Covariates, observed_library
@@ -79,6 +80,7 @@ def prepare(
     names = [name for name in columns.names if name not in tables] + ([SAMPLE] if tables else [])
     _check_match(*stores, names)
     common = {"seed": seed, "columns": names, "output": output_for(device), "threads": threads}
+    common |= {"rank": ranks.rank(), "world": ranks.world()}
     loader = Loader(stores[0], batch_size=model.batch_size, **common)
     held_out = Loader(stores[1], batch_size=EVALUATED_CELLS, shuffle=False, **common)
     shards = digest([read_json(path) for path in (*train, *validation)])
@@ -209,13 +211,16 @@ def seed_torch(seed: int, use: int, step: int) -> None:
 
 def _check_sizes(train: ShardedCounts, validation: ShardedCounts, model: Model) -> None:
     # With fewer than 3 an epoch may end with one cell alone, of which batch norm has no statistics.
-    if model.batch_size < 3:
-        raise ValueError(f"batch_size: found {model.batch_size}; expected at least 3")
+    least = max(3, 2 * ranks.world())  # nor may a rank be without cells
+    if model.batch_size < least:
+        raise ValueError(f"batch_size: found {model.batch_size}; expected at least {least}")
     for split, store in (("training", train), ("validation", validation)):
-        if store.n_obs < 2:
+        least = max(2, ranks.world())
+        if store.n_obs < least:
             raise ValueError(
-                f"the {split} shards hold {store.n_obs} cells; expected at least 2, for the held-out ELBO decides when "
-                "to stop and which weights are kept. Change store.validation, or look at the ledger for lost samples."
+                f"the {split} shards hold {store.n_obs} cells; expected at least {least}, for the held-out ELBO "
+                "decides when to stop and which weights are kept. Change store.validation, or look at the ledger for "
+                "lost samples."
             )
 
 

@@ -19,10 +19,11 @@ import pandas as pd
 import torch
 
 from cohortvi.config import Model
+from cohortvi.inference import ranks
 from cohortvi.inference.checkpoint import Checkpoints, Signals
 from cohortvi.inference.covariates import Sheet
 from cohortvi.inference.objective import Elbo, elbo, iwelbo, kl_weight
-from cohortvi.inference.prepare import TRAINING, VALIDATION, Setup, on_device, prepare, seed_torch
+from cohortvi.inference.prepare import TRAINING, VALIDATION, Setup, choose_device, on_device, prepare, seed_torch
 from cohortvi.inference.run import HISTORY, SUMS, Run
 from cohortvi.inference.vae import VAE
 from cohortvi.log import Progress, logger, peak_memory_mb
@@ -51,19 +52,20 @@ def fit(
     that is not there, checkpoints of another run or in use by another process.
     """
     torch.set_num_threads(threads)
-    setup, run = prepare(train, validation, model, sheet=sheet, seed=seed, threads=threads)
-    with Checkpoints(checkpoints, model.checkpoint_minutes) as saved, Signals() as signals:
-        resume(setup, run, saved)
-        keep = partial(save_if_due, setup, run, saved, signals)
-        progress, began = Progress((setup.planned - run.step) * model.batch_size), run.step
-        while not run.finished:
-            for minibatch in run.minibatches():
-                line = take_step(setup, run, minibatch)
-                progress.report((run.step - began) * model.batch_size, line)
-                keep()
-            close_epoch(setup, run, validate(setup, run, keep))
-            keep(epoch_end=True)
-    return result(setup, run)
+    with ranks.joined(choose_device(model.device)), Signals() as signals:
+        setup, run = prepare(train, validation, model, sheet=sheet, seed=seed, threads=threads)
+        with Checkpoints(checkpoints, model.checkpoint_minutes, is_owner=ranks.rank() == 0) as saved:
+            resume(setup, run, saved)
+            keep = partial(save_if_due, setup, run, saved, signals)
+            progress, began = Progress((setup.planned - run.step) * model.batch_size), run.step
+            while not run.finished:
+                for minibatch in run.minibatches():
+                    line = take_step(setup, run, minibatch)
+                    progress.report((run.step - began) * model.batch_size, line)
+                    keep()
+                close_epoch(setup, run, validate(setup, run, keep))
+                keep(epoch_end=True)
+        return result(setup, run)
 
 
 def take_step(setup: Setup, run: Run, minibatch: Minibatch) -> str:
@@ -74,7 +76,8 @@ def take_step(setup: Setup, run: Run, minibatch: Minibatch) -> str:
     weight = kl_weight(run.step, setup.planned, setup.model.kl_warmup)
     terms, found = terms_of(setup, run, minibatch, (TRAINING, run.step), weight)
     run.optimizer.zero_grad()
-    terms.loss.backward()
+    (terms.loss_n.sum() / found["cells"]).backward()
+    ranks.sum_gradients(run.optimizer.parameters)
     run.optimizer.step(setup.model.learning_rate)
     run.step += 1
     _add(run.sums, found)
@@ -87,24 +90,26 @@ def terms_of(
 ) -> tuple[Elbo, dict[str, float]]:
     """Return a minibatch's ELBO and the sums of its terms; noise and dropout follow from (seed, stream)."""
     seed_torch(setup.seed, *stream)
-    n_obs, x = len(minibatch.rows), on_device(minibatch.x_ng, setup.device)
+    loader = run.loader if stream[0] == TRAINING else setup.validation
+    part, x = ranks.Part(*loader.part()), on_device(minibatch.x_ng, setup.device)
     covariates = setup.covariates(minibatch.obs)
     draws = setup.model.draws if stream[0] == TRAINING else 1
-    noise_snk = torch.randn(draws, n_obs, run.vae.n_dimensions, device=setup.device)
-    if draws == 1:
-        terms = elbo(run.vae, x, covariates, noise_snk[0], kl_weight=weight)
-    else:
-        terms = iwelbo(run.vae, x, covariates, noise_snk, kl_weight=weight)
+    with ranks.within(part):
+        noise_snk = ranks.own(torch.randn(draws, part.n, run.vae.n_dimensions, device=setup.device), dim=1)
+        if draws == 1:
+            terms = elbo(run.vae, x, covariates, noise_snk[0], kl_weight=weight)
+        else:
+            terms = iwelbo(run.vae, x, covariates, noise_snk, kl_weight=weight)
     # One transfer; in float64, because an epoch's sum over float32 would depend on its length.
-    loss, reconstruction, kl = torch.stack(terms).detach().double().sum(1).tolist()
+    loss, reconstruction, kl = ranks.total(torch.stack(terms).detach().double().sum(1).tolist())
     if not math.isfinite(reconstruction + kl):
         rows = minibatch.rows.tolist()
         raise ValueError(
-            f"the loss is not finite at step {run.step}: reconstruction {reconstruction / len(rows)}, "
-            f"kl {kl / len(rows)} nats per cell, kl_weight {weight}, rows {rows} of the shards; expected finite terms. "
+            f"the loss is not finite at step {run.step}: reconstruction {reconstruction / part.n}, "
+            f"kl {kl / part.n} nats per cell, kl_weight {weight}, rows {rows} of the shards; expected finite terms. "
             "Lower models.*.learning_rate, and look at the counts and covariates of these cells."
         )
-    return terms, {"cells": n_obs, "loss": loss, "reconstruction": reconstruction, "kl": kl}
+    return terms, {"cells": part.n, "loss": loss, "reconstruction": reconstruction, "kl": kl}
 
 
 @torch.inference_mode()
@@ -170,7 +175,9 @@ def result(setup: Setup, run: Run) -> tuple[VAE, pd.DataFrame, dict[str, Any]]:
 
 def resume(setup: Setup, run: Run, saved: Checkpoints) -> None:
     """Put the run where its newest checkpoint left it, if there is one."""
+    ranks.wait()  # for their owner to have cleared away what is damaged
     found = saved.newest()
+    ranks.wait()  # before the owner writes another
     if found is None:
         logger.info("training %d steps on %s", setup.planned, setup.device)
         return
@@ -186,10 +193,13 @@ def resume(setup: Setup, run: Run, saved: Checkpoints) -> None:
 
 def save_if_due(setup: Setup, run: Run, saved: Checkpoints, signals: Signals, *, epoch_end: bool = False) -> None:
     """Save the run if the clock, a signal or its end asks for it; after SIGTERM end the process."""
-    if run.finished or signals.asked or saved.due(epoch_end=epoch_end):
-        saved.save(run.step, run.tensors(), run.facts() | {"key": setup.key})
+    noted = [signals.asked, signals.terminated, saved.is_owner and saved.due(epoch_end=epoch_end)]
+    asked, terminated, due = ranks.total(noted)
+    if run.finished or asked or due:
+        if saved.is_owner:
+            saved.save(run.step, run.tensors(), run.facts() | {"key": setup.key})
         signals.asked = False
-    if signals.terminated and not run.finished:
+    if terminated and not run.finished:
         logger.info("SIGTERM: saved at step %d, ending", run.step)
         raise SystemExit(TERMINATED)
 

@@ -107,7 +107,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Minibatch]:
         self.store.check_process()
-        plan = self._plan(self.epoch)
+        plan = self.plan = self._plan(self.epoch)
         with ExitStack() as pools:
             pools.callback(lambda: windows.release_before(plan.n_windows))  # called last, when no thread reads any more
             pool = pools.enter_context(_threads(self.threads))
@@ -139,6 +139,12 @@ class Loader:
         ends = np.cumsum([0, *sizes]).tolist()
         for k, x_ng in enumerate(layout.end(ends)):
             yield Minibatch(x_ng, {name: column[k] for name, column in obs.items()}, rows[ends[k] : ends[k + 1]])
+
+    def part(self) -> tuple[int, int, int]:
+        """Return which rows the last minibatch yielded has of all ranks' one: first, end, and how many that has."""
+        first, end = self.plan.bounds(self.step - 1)
+        start, stop = ((end - first) * part // self.world for part in (self.rank, self.rank + 1))
+        return start, stop, end - first
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on after the last minibatch that was yielded; JSON-able."""
