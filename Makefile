@@ -9,7 +9,7 @@ STORE ?= results/store
 export PYTHONUTF8 := 1
 
 .PHONY: help setup demo kang unlock verify test test-fast test-kill test-slurm lint format
-.PHONY: bench bench-training bench-kang bench-loader bench-limits bench-loader-scale clean
+.PHONY: bench bench-elbo bench-training bench-kang bench-loader bench-limits bench-loader-scale clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -73,6 +73,9 @@ format: $(VENV)/.test ## bring the code into form
 
 bench-kang: $(VENV)/.peers ## our model beside scvi-tools on the cohort of Kang et al. (COHORTVI_TEST_DATA)
 	$(BIN)/python benchmarks/kang.py
+
+bench-elbo: $(VENV)/.peers ## seconds to scvi-tools' own held-out ELBO, and the final one (COHORTVI_TEST_DATA); hours
+	$(BIN)/python benchmarks/time_to_elbo.py
 
 bench-training: $(VENV)/.peers ## training steps and what a trained model is asked, beside scvi-tools
 	$(BIN)/python benchmarks/training_speed.py

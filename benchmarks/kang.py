@@ -11,7 +11,6 @@ that COHORTVI_TEST_DATA names.
 import argparse
 import itertools
 import logging
-import os
 import tempfile
 import warnings
 from dataclasses import replace
@@ -21,56 +20,19 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import scanpy as sc
-import scipy.sparse as sp
 import torch
 import yaml
+from cohorts import read_kang, write_shards
 from scvi_weights import to_scvi_state
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from cohortvi.config import EarlyStopping, Model, Store, Validation, build
-from cohortvi.files import write_json
+from cohortvi.config import EarlyStopping, Model, build
+from cohortvi.inference.schedule import REFERENCE_BATCH
 from cohortvi.inference.train import fit
-from cohortvi.store.counts import write_counts
-from cohortvi.store.names import shard_names
 from cohortvi.store.opening import open_counts
-from cohortvi.store.shards import write_shard
 
 ROOT = Path(__file__).parent.parent
 RESOLUTIONS = np.round(np.arange(0.2, 2.01, 0.2), 1)
-SPLIT = Store(4, Validation(0.1, "cell"), 0)
-
-
-def read_kang() -> ad.AnnData:
-    """Return the 13,963 cells of known donor on the 2,000 most variable of the genes detected in both conditions."""
-    path = Path(os.environ["COHORTVI_TEST_DATA"]) / "kang_ifnb_13999" / "kang_ifnb_13999.h5ad"
-    cells = ad.read_h5ad(path)
-    cells = cells[cells.obs["donor"] != "NA"].copy()
-    cells.obs["sample"] = pd.Categorical(cells.obs["donor"].astype(str) + "-" + cells.obs["condition"].astype(str))
-    stim = (cells.obs["condition"] == "stim").to_numpy()
-    detected = [np.asarray((cells.X[rows] > 0).sum(0)).ravel() > 0 for rows in (stim, ~stim)]
-    cells = cells[:, detected[0] & detected[1]].copy()
-    cells.X = sp.csr_matrix(cells.X, dtype=np.float32)
-    sc.pp.highly_variable_genes(cells, flavor="seurat_v3", n_top_genes=2000, batch_key="sample", span=0.5, subset=True)
-    return cells
-
-
-def write_shards(cells: ad.AnnData, folder: Path) -> tuple[list[Path], list[Path]]:
-    """Write the cells as the workflow does; return the manifests of the training and the validation shards."""
-    counts = []
-    for sample in cells.obs["sample"].cat.categories:
-        rows = np.flatnonzero(cells.obs["sample"] == sample)
-        block = sp.csr_matrix(cells.X[rows], dtype=np.uint32)
-        obs = pd.DataFrame({"row": np.arange(len(rows)), "sample": sample, "batch": sample}, cells.obs_names[rows])
-        path = folder / f"{sample}.json"
-        write_json(write_counts([block], obs, cells.var[[]], path.with_suffix(".zarr"), sample=sample), path)
-        counts.append(path)
-    paths = []
-    for name in shard_names(SPLIT):
-        split, shard = name.split("-")
-        path = folder / f"{name}.json"
-        write_json(write_shard(counts, split, int(shard), path.with_suffix(".zarr"), seed=0, store=SPLIT), path)
-        paths.append(path)
-    return tuple([path for path in paths if path.name.startswith(split)] for split in ("train", "validation"))
 
 
 def agreement(latent_nk: np.ndarray, labels: pd.Series) -> tuple[float, float]:
@@ -105,7 +67,10 @@ def train_scvi(cells: ad.AnnData, split: list[np.ndarray], settings: Model, seed
         batch_size=settings.batch_size,
         accelerator="cpu",
         enable_progress_bar=False,
-        plan_kwargs={"lr": settings.learning_rate, "n_epochs_kl_warmup": warmup},
+        plan_kwargs={
+            "lr": settings.learning_rate * settings.batch_size / REFERENCE_BATCH,
+            "n_epochs_kl_warmup": warmup,
+        },
         datasplitter_kwargs={"external_indexing": split},
     )
     return model

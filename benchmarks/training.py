@@ -21,6 +21,7 @@ from cohortvi.config import EarlyStopping, Model, Store, Validation, build
 from cohortvi.files import write_json
 from cohortvi.inference.prepare import Setup, prepare
 from cohortvi.inference.run import Run
+from cohortvi.inference.schedule import REFERENCE_BATCH
 from cohortvi.inference.train import fit, take_step
 from cohortvi.store.counts import write_counts
 from cohortvi.store.loader import Minibatch
@@ -57,11 +58,16 @@ class Trainer:
                 write_json(manifest, path)
         return {split: [path for path in paths if path.stem.startswith(split)] for split in SPLITS}
 
+    def settings(self, batch_size: int) -> Model:
+        """Return the model's settings for a batch size; the rate is that of minibatches of this size."""
+        rate = self.model.learning_rate * REFERENCE_BATCH / batch_size
+        return replace(self.model, batch_size=batch_size, learning_rate=rate)
+
     def steps(self, batch_size: int, n: int) -> Iterator[int]:
         """Take n steps of the training loop; yield the cells of each after it."""
         if batch_size not in self.runs:
             paths = self.shards(np.arange(self.adata.n_obs), "all")
-            model = replace(self.model, batch_size=batch_size)
+            model = self.settings(batch_size)
             common = {"sheet": {}, "seed": self.seed, "threads": self.threads}
             setup, run = prepare(paths["train"], paths["validation"], model, **common)
             self.runs[batch_size] = setup, run, itertools.chain.from_iterable(itertools.repeat(run.loader))
@@ -73,8 +79,8 @@ class Trainer:
     def fit(self, indices: np.ndarray, epochs: int, batch_size: int, warmup_epochs: int) -> None:
         """Train on the cells of these numbers."""
         paths = self.shards(np.asarray(indices), "fit")
-        settings = {"batch_size": batch_size, "max_epochs": epochs, "kl_warmup": warmup_epochs / epochs}
-        model = replace(self.model, early_stopping=EarlyStopping(epochs, 0.0), **settings)
+        settings = {"max_epochs": epochs, "kl_warmup": warmup_epochs / epochs}
+        model = replace(self.settings(batch_size), early_stopping=EarlyStopping(epochs, 0.0), **settings)
         checkpoints = Path(self.folder.name) / "checkpoints"
         common = {"sheet": {}, "seed": self.seed, "checkpoints": checkpoints, "threads": self.threads}
         self.vae, _, _ = fit(paths["train"], paths["validation"], model, **common)

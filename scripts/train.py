@@ -14,6 +14,7 @@ job = Job(
     seed=params.seed,
     code=params.code,
     checkpoints=params.checkpoints,
+    events=params.events,
     log=snakemake.log[0],
     threads=snakemake.threads,
 )

@@ -64,6 +64,7 @@ def write_job(cohort: Path, out: Path, changes: dict) -> Path:
         "seed": 0,
         "code": "",
         "checkpoints": str(out / "checkpoints"),
+        "events": str(out / "tensorboard"),
         "log": str(out / "train.log"),
         "threads": 2,
     }

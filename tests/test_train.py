@@ -143,7 +143,7 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_other_weights(undisturbed, 
 
 def test_the_model_returned_is_the_one_of_the_best_validation_elbo(cohort, tmp_path):
     # so large a step that the ELBO goes up and down: here epoch 13 is the best
-    model = dataclasses.replace(MODEL, learning_rate=0.2, max_epochs=16, kl_warmup=0.25)
+    model = dataclasses.replace(MODEL, learning_rate=0.8, max_epochs=16, kl_warmup=0.25)
     vae, history, facts = run(cohort, tmp_path, model)
     judged = history[history["kl_weight"] == 1]["validation_elbo"]
     assert facts["best_epoch"] == history["epoch"][judged.idxmax()]
@@ -450,3 +450,16 @@ def test_dispersions_and_cell_types_of_a_simulation_are_recovered(tmp_path):
         loc_nk = vae.encode(torch.from_numpy(x.toarray()).float(), Covariates(torch.zeros(n_obs).long())).loc_nk
     centres = torch.stack([loc_nk[types == kind].mean(0) for kind in range(4)])
     assert (torch.cdist(loc_nk, centres).argmin(1).numpy() == types).mean() > 0.95
+
+
+def test_the_history_is_written_for_tensorboard_too(cohort, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    common = {"sheet": {}, "seed": 0, "checkpoints": tmp_path / "checkpoints", "threads": 1}
+    splits = manifests(cohort, "train"), manifests(cohort, "validation")
+    _, history, _ = fit(*splits, MODEL, events=tmp_path / "events", **common)
+    found = EventAccumulator(str(tmp_path / "events")).Reload()
+    for name in set(history.columns) - {"epoch", "step"}:
+        scalars = found.Scalars(name)
+        assert [scalar.step for scalar in scalars] == list(history["step"])
+        np.testing.assert_allclose([scalar.value for scalar in scalars], history[name], rtol=1e-6)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cohortvi.inference.networks import Covariates, observed_library
-from cohortvi.inference.objective import Elbo, elbo, kl_weight
+from cohortvi.inference.objective import Elbo, elbo
+from cohortvi.inference.schedule import kl_weight
 from cohortvi.inference.vae import VAE
 
 HERE = Path(__file__).parent

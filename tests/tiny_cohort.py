@@ -48,12 +48,16 @@ MODEL = Model(
     norm="batch",
     draws=1,
     batch_size=32,
-    learning_rate=1e-3,
+    learning_rate=4e-3,  # 1e-3 for its small minibatches
+    learning_rate_warmup=0.1,
+    learning_rate_decay=0.0,
+    clip=1000.0,
     weight_decay=1e-6,
     max_epochs=6,
     kl_warmup=0.5,
     early_stopping=EarlyStopping(patience=8, min_delta=0.1),
     checkpoint_minutes=10.0,
+    tensorboard=False,
     device="cpu",
 )
 

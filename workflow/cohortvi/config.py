@@ -112,11 +112,15 @@ class Model:
     draws: int
     batch_size: int
     learning_rate: float
+    learning_rate_warmup: float
+    learning_rate_decay: float
+    clip: float | None
     weight_decay: float
     max_epochs: int
     kl_warmup: float
     early_stopping: EarlyStopping
     checkpoint_minutes: float
+    tensorboard: bool
     device: str
 
 

@@ -3,8 +3,8 @@
 import logging
 import resource
 import sys
-import time
 from pathlib import Path
+from typing import TextIO
 
 logger = logging.getLogger("cohortvi")
 
@@ -18,7 +18,7 @@ def start(path: str | Path, *, mode: str = "w", errors_only: bool = False) -> lo
     formatter = logging.Formatter("%(asctime)s  %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     logger.setLevel(logging.ERROR if errors_only else logging.INFO)
     logger.handlers.clear()
-    for handler in (logging.FileHandler(path, mode=mode), logging.StreamHandler(sys.stderr)):
+    for handler in (logging.FileHandler(path, mode=mode), _Stderr()):
         handler.setFormatter(formatter)
         logger.addHandler(handler)
     sys.excepthook = _log_exception
@@ -40,19 +40,12 @@ def _log_exception(kind, value, traceback) -> None:
         logger.error("error: %s", value, exc_info=(kind, value, traceback))
 
 
-class Progress:
-    """Lines of progress at most every `seconds`, with cells a second and the time that is left."""
+class _Stderr(logging.StreamHandler):
+    """Writes to what sys.stderr is at the time: a bar that is shown puts lines above itself by replacing it."""
 
-    def __init__(self, total_cells: int, seconds: float = 10.0):
-        self.total, self.seconds = total_cells, seconds
-        self.began = self.last = time.monotonic()
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
 
-    def report(self, done_cells: int, text: str) -> None:
-        """Log `text` with the rate, if the last line is old enough or all cells are done."""
-        now = time.monotonic()
-        if now - self.last < self.seconds and done_cells < self.total:
-            return
-        self.last = now
-        rate = done_cells / max(now - self.began, 1e-9)
-        left = (self.total - done_cells) / max(rate, 1e-9)
-        logger.info("%s  %s cells/s  eta %.1f min", text, f"{rate:,.0f}", left / 60)
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr

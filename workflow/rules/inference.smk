@@ -29,6 +29,7 @@ rule train:
         seed=config["seed"],
         # Undeclared on purpose: Snakemake removes declared outputs of a job that failed, and checkpoints must outlive it.
         checkpoints=lambda wildcards: f"results/checkpoints/{wildcards.model}",
+        events=lambda wildcards: f"results/tensorboard/{wildcards.model}",
         code=code("train"),
     script:
         "../../scripts/train.py"

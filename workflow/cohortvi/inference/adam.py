@@ -27,10 +27,17 @@ class Adam:
             parameter.grad = None
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Move the parameters down their gradients. Errors: AttributeError if one has none."""
+    def step(self, learning_rate: float, clip: float | None = None) -> None:
+        """Move the parameters down their gradients. Errors: TypeError if one has none.
+
+        `clip`: the most that the norm of all gradients may be; longer ones are shortened to it (Pascanu, Mikolov,
+        Bengio 2013, algorithm 1).
+        """
         self.count += 1
         grads = [parameter.grad for parameter in self.parameters]
+        excess = None
+        if clip is not None:
+            excess = (torch.nn.utils.get_total_norm(grads) / clip).clamp(min=1.0)
         torch._fused_adam_(
             self.parameters,
             grads,
@@ -45,6 +52,7 @@ class Adam:
             eps=self.eps,
             amsgrad=False,
             maximize=False,
+            grad_scale=excess,
         )
 
     def tensors(self) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from cohortvi.inference.posteriors import DiagonalGaussian
 from cohortvi.inference.prepare import GAP, choose_device, seed_torch
 from cohortvi.inference.subset import Cells, draw_cells, names_of, read_cells, to_device
 from cohortvi.inference.vae import VAE
-from cohortvi.log import Progress
+from cohortvi.progress import Progress
 from cohortvi.store.names import SPLITS
 from cohortvi.store.sharded import ShardedCounts
 
@@ -92,11 +92,11 @@ def gap(
 
 def _bounds(vae: VAE, cells: Cells, settings: Gap, seed: int, device: torch.device) -> Bounds:
     n, parts = len(cells.obs), []
-    progress = Progress(n)
-    for start in range(0, n, TOGETHER):
-        part = to_device(cells.part(start, min(start + TOGETHER, n)), device)
-        parts.append(_bounds_of(vae, part, settings, seed, start))
-        progress.report(min(start + TOGETHER, n), "gap")
+    with Progress(n) as progress:
+        for start in range(0, n, TOGETHER):
+            part = to_device(cells.part(start, min(start + TOGETHER, n)), device)
+            parts.append(_bounds_of(vae, part, settings, seed, start))
+            progress.report(min(start + TOGETHER, n), "gap")
     columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
     return Bounds(columns, *(torch.cat(values) for values in zip(*(part[1:] for part in parts), strict=True)))
 

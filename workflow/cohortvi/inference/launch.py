@@ -38,6 +38,7 @@ class Job:
     seed: int
     code: str
     checkpoints: str  # prefix of the folder
+    events: str  # folder for TensorBoard, if the model's settings ask for it
     log: str
     threads: int  # of all ranks on a machine
 
@@ -80,7 +81,9 @@ def work(job: Job) -> None:
     """Train as the rank that the environment names, alone if it names none; rank 0 writes the model."""
     shards = [[Path(path) for path in paths] for paths in (job.train, job.validation)]
     folder, model = job.folder, build(Model, job.config)
-    vae, history, facts = fit(*shards, model, sheet=job.sheet, seed=job.seed, checkpoints=folder, threads=job.threads)
+    options = {"seed": job.seed, "checkpoints": folder, "threads": job.threads}
+    events = Path(job.events) if model.tensorboard else None
+    vae, history, facts = fit(*shards, model, sheet=job.sheet, events=events, **options)
     if os.environ.get("RANK", "0") == "0":
         write_table(history, job.outputs["history"])
         save_model(vae, facts, job.outputs["model"], job.outputs["facts"])

@@ -78,13 +78,3 @@ def iwelbo(vae: VAE, x: Counts, covariates: Covariates, noise_snk: Tensor, *, kl
 def _weigh(shares: list[Tensor], k: int, gradient_nk: Tensor) -> Tensor:
     """Return the gradient of draw k times its share of the weights, known once all draws are made."""
     return gradient_nk * shares[k][:, None]
-
-
-def kl_weight(step: int, planned_steps: int, warmup: float) -> float:
-    """Return the weight of the KL term at `step` (counted from 0) of a run planned to take `planned_steps`.
-
-    It climbs linearly over the first `warmup` (a share of the steps) and is exactly 1 from there on; the last planned
-    step has weight 1 whatever the length of the run. (Warm-up by a fixed number of epochs, as in scvi-tools, leaves
-    large cohorts with a weight far below 1 at their end, hence with an autoencoder.)
-    """
-    return min(1.0, (step + 1) / max(1, round(warmup * planned_steps)))

@@ -53,7 +53,7 @@ class Setup:
     @property
     def key(self) -> str:
         """Digest of all that decides which steps are taken; checkpoints of another key are another run's."""
-        passing = ("checkpoint_minutes", "device")
+        passing = ("checkpoint_minutes", "device", "tensorboard")
         settings = {name: value for name, value in asdict(self.model).items() if name not in passing}
         tables = {name: table.tolist() for name, table in self.tables.items()}
         return digest(settings, self.seed, self.shards, self.columns.facts(), tables)
@@ -88,7 +88,7 @@ def prepare(
     vae = build(stores[0], model, columns)
     start(vae, stores[0], columns, sheet, seed=seed, threads=threads)
     vae.to(device)
-    # Weight decay is L2 in the gradient, as in scvi-tools. No clipping: in log mu no count makes a gradient explode.
+    # Weight decay is L2 in the gradient, as in scvi-tools.
     optimizer = Adam(vae.named_parameters(), weight_decay=model.weight_decay, eps=ADAM_EPS)
     run = Run(vae, optimizer, loader)
     planned = model.max_epochs * loader.n_steps(0)

@@ -22,11 +22,14 @@ from cohortvi.config import Model
 from cohortvi.inference import ranks
 from cohortvi.inference.checkpoint import Checkpoints, Signals
 from cohortvi.inference.covariates import Sheet
-from cohortvi.inference.objective import Elbo, elbo, iwelbo, kl_weight
+from cohortvi.inference.events import Events
+from cohortvi.inference.objective import Elbo, elbo, iwelbo
 from cohortvi.inference.prepare import TRAINING, VALIDATION, Setup, choose_device, on_device, prepare, seed_torch
 from cohortvi.inference.run import HISTORY, SUMS, Run
+from cohortvi.inference.schedule import kl_weight, learning_rate
 from cohortvi.inference.vae import VAE
-from cohortvi.log import Progress, logger, peak_memory_mb
+from cohortvi.log import logger, peak_memory_mb
+from cohortvi.progress import Progress
 from cohortvi.store.loader import Minibatch
 
 PACKAGES = ("cohortvi", "numpy", "safetensors", "torch")  # whose versions a model carries
@@ -42,12 +45,14 @@ def fit(
     seed: int,
     checkpoints: Path,
     threads: int,
+    events: Path | None = None,
 ) -> tuple[VAE, pd.DataFrame, dict[str, Any]]:
     """Train a model on the shards of manifests `train`; return it with its history (a row an epoch) and its facts.
 
     `sheet`: {column: {sample: value}} of the covariates that the sheet holds; the others are columns of the shards.
     Goes on from the newest checkpoint in the folder `checkpoints`; one that says finished is returned as it is.
-    SIGUSR1 saves one; SIGTERM saves one and ends the process with status 143.
+    `events`: a folder for TensorBoard's files. SIGUSR1 saves a checkpoint; SIGTERM saves one and ends the process with
+    status 143.
     Errors: ValueError for shards that do not fit together, no validation cells, a loss that is not finite, a device
     that is not there, checkpoints of another run or in use by another process.
     """
@@ -57,14 +62,16 @@ def fit(
         with Checkpoints(checkpoints, model.checkpoint_minutes, is_owner=ranks.rank() == 0) as saved:
             resume(setup, run, saved)
             keep = partial(save_if_due, setup, run, saved, signals)
-            progress, began = Progress((setup.planned - run.step) * model.batch_size), run.step
-            while not run.finished:
-                for minibatch in run.minibatches():
-                    line = take_step(setup, run, minibatch)
-                    progress.report((run.step - began) * model.batch_size, line)
-                    keep()
-                close_epoch(setup, run, validate(setup, run, keep))
-                keep(epoch_end=True)
+            written, began = Events(events if ranks.rank() == 0 else None, run.step), run.step
+            with Progress((setup.planned - began) * model.batch_size) as progress:
+                while not run.finished:
+                    for minibatch in run.minibatches():
+                        line = take_step(setup, run, minibatch)
+                        progress.report((run.step - began) * model.batch_size, line)
+                        keep()
+                    close_epoch(setup, run, validate(setup, run, keep))
+                    written.add(run.history[-1])
+                    keep(epoch_end=True)
         return result(setup, run)
 
 
@@ -78,7 +85,7 @@ def take_step(setup: Setup, run: Run, minibatch: Minibatch) -> str:
     run.optimizer.zero_grad()
     (terms.loss_n.sum() / found["cells"]).backward()
     ranks.sum_gradients(run.optimizer.parameters)
-    run.optimizer.step(setup.model.learning_rate)
+    run.optimizer.step(learning_rate(run.step, setup.planned, setup.model), clip=setup.model.clip)
     run.step += 1
     _add(run.sums, found)
     means = "  ".join(f"{name} {found[name] / found['cells']:.2f}" for name in ("loss", "reconstruction", "kl"))
@@ -135,7 +142,7 @@ def close_epoch(setup: Setup, run: Run, validation: dict[str, float]) -> None:
     run.history.append(
         {"epoch": len(run.history) + 1, "step": run.step}
         | {f"train_{name}": run.sums[name] / cells for name in ("loss", "reconstruction", "kl")}
-        | {"kl_weight": weight, "learning_rate": setup.model.learning_rate}
+        | {"kl_weight": weight, "learning_rate": learning_rate(run.step - 1, setup.planned, setup.model)}
         | {f"validation_{name}": value for name, value in validation.items()}
         | {"cells_per_second": cells / max(run.sums["seconds"], 1e-9)}
         | {name: run.sums[name] for name in ("seconds", "waiting_seconds")}

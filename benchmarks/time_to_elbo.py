@@ -1,0 +1,145 @@
+"""How soon our model is as good as scvi-tools' SCVI at its end, and how good it is at its own: `make bench-elbo`.
+
+Both with their defaults, on one thread, from the same training cells. A tenth of a cohort's cells is for testing:
+neither trained on nor validated on; of the others a tenth is our validation set, on which scvi-tools does not train
+either. Judged by scvi-tools' own evaluators, our weights copied over: the ELBO of the test cells (mean of three draws),
+and log p(x) by importance sampling (1,000 draws) of 500 of them. Time is that of the processor: training with all that
+belongs to it, validation and checkpoints included, the judging excluded. Runs of scvi-tools are kept in
+benchmarks/out/time_to_elbo and taken from there. Reads real cohorts in the folder that COHORTVI_TEST_DATA names.
+"""
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from cohorts import COHORTS, write_shards
+from scvi_weights import to_scvi_state
+
+from cohortvi.config import Model, build
+from cohortvi.inference import train
+from cohortvi.inference.prepare import prepare
+from cohortvi.store.opening import open_counts
+
+ROOT = Path(__file__).parent.parent
+OUT = ROOT / "benchmarks/out/time_to_elbo"
+JUDGED = 500  # test cells whose log p(x) is estimated
+DRAWS = 1000
+
+
+def judge(model: Any, test: np.ndarray, *, marginal: bool) -> dict[str, float]:
+    """Return what scvi-tools finds of the model's test cells: nats per cell."""
+    model.module.eval()
+    model.is_trained_ = True
+    found = {"elbo": float(np.mean([float(model.get_elbo(indices=test, batch_size=1024)) for _ in range(3)]))}
+    if marginal:
+        cells = test[:: max(1, len(test) // JUDGED)][:JUDGED]
+        options = {"n_mc_samples": DRAWS, "n_mc_samples_per_pass": 10, "batch_size": 500}
+        found["log_likelihood"] = float(model.get_marginal_ll(indices=cells, **options))
+    return found
+
+
+def new_scvi(cells: ad.AnnData, seed: int, **options: Any) -> Any:
+    """Return an untrained SCVI of scvi-tools."""
+    import scvi
+
+    scvi.settings.seed = seed
+    return scvi.model.SCVI(cells, **options)
+
+
+def scvi_run(cells: ad.AnnData, split: list[np.ndarray], seed: int) -> dict[str, float]:
+    """Train scvi-tools' model with its defaults; return seconds of processor time and what it is worth."""
+    model = new_scvi(cells, seed)
+    began = time.process_time()
+    model.train(accelerator="cpu", enable_progress_bar=False, datasplitter_kwargs={"external_indexing": split})
+    seconds = time.process_time() - began
+    return {"seconds": seconds} | judge(model, split[2], marginal=True)
+
+
+def our_epochs(
+    cells: ad.AnnData, shards: tuple[list[Path], list[Path]], test: np.ndarray, model: Model, seed: int
+) -> Iterator[dict[str, float]]:
+    """Train our model; yield epoch, seconds of processor time so far and the test ELBO, and at the end the last row."""
+    began = time.process_time()
+    setup, run = prepare(*shards, model, sheet={}, seed=seed, threads=1)
+    seconds = time.process_time() - began
+    judged = new_scvi(cells, 0, gene_likelihood=model.likelihood)
+    while not run.finished:
+        began = time.process_time()
+        for minibatch in run.minibatches():
+            train.take_step(setup, run, minibatch)
+        train.close_epoch(setup, run, train.validate(setup, run, lambda: None))
+        seconds += time.process_time() - began
+        judged.module.load_state_dict(to_scvi_state(run.vae), strict=False)
+        yield {"epoch": len(run.history), "seconds": seconds} | judge(judged, test, marginal=False)
+    vae, _, _ = train.result(setup, run)
+    judged.module.load_state_dict(to_scvi_state(vae), strict=False)
+    yield {"epoch": run.best_epoch, "seconds": seconds} | judge(judged, test, marginal=True)
+
+
+def compare(name: str, seeds: list[int], model: Model) -> Iterator[dict[str, Any]]:
+    """Yield a row for each seed: both models' ELBO, log likelihood and seconds, and ours to scvi-tools' ELBO."""
+    import scvi
+
+    cells = COHORTS[name]()
+    scvi.model.SCVI.setup_anndata(cells, batch_key="sample")
+    test = np.sort(np.random.default_rng(0).permutation(cells.n_obs)[: cells.n_obs // 10])
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_shards(cells[np.setdiff1d(np.arange(cells.n_obs), test)], Path(folder))
+        names = [np.concatenate([open_counts(path).obs.index for path in paths]) for paths in shards]
+        split = [*(np.flatnonzero(cells.obs_names.isin(found)) for found in names), test]
+        for seed in seeds:
+            kept = OUT / f"scvi-{name}-{seed}.json"
+            if not kept.exists():
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(scvi_run(cells, split, seed)))
+            theirs = json.loads(kept.read_text())
+            *epochs, last = our_epochs(cells, shards, test, model, seed)
+            reached = [row["seconds"] for row in epochs if row["elbo"] >= theirs["elbo"]]
+            yield {
+                "cohort": name,
+                "seed": seed,
+                **{f"scvi_{key}": value for key, value in theirs.items()},
+                **{f"our_{key}": last[key] for key in theirs},
+                "epochs": len(epochs),
+                "seconds_to_elbo": min(reached, default=float("nan")),
+                "ratio": theirs["seconds"] / min(reached, default=float("nan")),
+            }
+
+
+def main() -> None:
+    """Print a row a run, then the means over seeds."""
+    warnings.filterwarnings("ignore")
+    os.environ["TQDM_DISABLE"] = "1"
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "scvi", "cohortvi"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cohorts", nargs="+", default=["kang", "covid", "S"], choices=COHORTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings other than config.yaml's")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    values = yaml.safe_load((ROOT / "config/config.yaml").read_text())["models"]["nb"] | {"device": "cpu"}
+    changes = {name: yaml.safe_load(value) for name, value in (text.split("=") for text in arguments.set)}
+    model = build(Model, values | changes)
+    rows = []
+    for name in arguments.cohorts:
+        for row in compare(name, arguments.seeds, model):
+            rows.append(row)
+            print(json.dumps(row | changes), flush=True)
+    print(pd.DataFrame(rows).groupby("cohort").mean().round(2).T.to_markdown())
+
+
+if __name__ == "__main__":
+    main()
