@@ -61,7 +61,8 @@ def train(job: Job, *, ranks: int, nodes: int) -> None:
         return
     if ranks % nodes:
         raise ValueError(
-            f"found {ranks} GPUs on {nodes} nodes; expected as many on each. Change train:gpu or train:nodes"
+            f"rule train: found {ranks} GPUs on {nodes} nodes; expected as many on each. Change the resources "
+            "train:gpu or train:nodes"
         )
     path = job.folder / "job.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,8 @@ def work(job: Job) -> None:
 def run(command: Sequence[str], environments: Sequence[dict[str, str]]) -> int:
     """Run a command once in each environment, at the same time; return 0, or the status of the first that failed.
 
-    The others of a failed one are ended. Signals are passed on.
+    The others of a failed one lose it at their next step and end; those that do not within PATIENCE are killed. Signals
+    are passed on.
     """
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGES), os.environ.get("PYTHONPATH")]))}
     started = [subprocess.Popen(command, env=os.environ | paths | more) for more in environments]
