@@ -1,11 +1,11 @@
 """Our model beside scvi-tools' SCVI on the cohort of Kang et al. 2018, in one process: `make bench-kang`.
 
-16 batches (8 donors x 2 conditions), the 2,000 genes most variable over them out of those detected in both conditions.
-Same cells, genes, epochs, batch size and KL warm-up for both (scvi-tools' own would end at a weight of 0.1), NB
-likelihood, constant learning rates: scvi-tools' default and twice as much. A tenth of the cells is for testing: neither
-trained on nor validated on. Test ELBO: scvi-tools' own evaluator for both, our weights copied over. ARI and NMI: Leiden against
-the published cell types, the best over the same resolutions. Reads kang_ifnb_13999/kang_ifnb_13999.h5ad in the folder
-that COHORTVI_TEST_DATA names.
+16 batches (8 donors x 2 conditions), the 2,000 genes most variable over them out of those detected in both
+conditions. Same cells, genes, epochs, batch size and KL warm-up for both (scvi-tools' own would end at a weight of
+0.1), NB likelihood, constant learning rates: scvi-tools' default and twice as much. A tenth of the cells is for
+testing: neither trained on nor validated on. Test ELBO: scvi-tools' own evaluator for both, our weights copied over.
+ARI and NMI: Leiden against the published cell types, the best over the same resolutions. Reads
+kang_ifnb_13999/kang_ifnb_13999.h5ad in the folder that COHORTVI_TEST_DATA names.
 """
 
 import argparse
