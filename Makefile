@@ -9,7 +9,7 @@ STORE ?= results/store
 export PYTHONUTF8 := 1
 
 .PHONY: help setup demo kang unlock verify test test-fast test-kill test-slurm lint format
-.PHONY: bench bench-elbo bench-training bench-kang bench-loader bench-limits bench-loader-scale clean
+.PHONY: bench bench-elbo bench-differential bench-gap bench-training bench-kang bench-loader bench-limits bench-loader-scale clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -76,6 +76,12 @@ bench-kang: $(VENV)/.peers ## our model beside scvi-tools on the cohort of Kang 
 
 bench-elbo: $(VENV)/.peers ## seconds to scvi-tools' own held-out ELBO, and the final one (COHORTVI_TEST_DATA); hours
 	$(BIN)/python benchmarks/time_to_elbo.py
+
+bench-differential: $(VENV)/.peers ## differential expression where the changes are known, beside scvi-tools; an hour
+	$(BIN)/python benchmarks/differential.py
+
+bench-gap: $(VENV)/.peers ## how far the posterior can be trusted on Kang et al., and on a type that was left out
+	$(BIN)/python benchmarks/gap_table.py
 
 bench-training: $(VENV)/.peers ## training steps and what a trained model is asked, beside scvi-tools
 	$(BIN)/python benchmarks/training_speed.py

@@ -21,4 +21,7 @@ rule all:
         report="results/report/index.html",
         ledger="results/cohort/ledger.tsv",
         atlas=expand("results/models/{model}/atlas.json", model=MODELS),
+        changes=expand(
+            "results/models/{model}/differential.parquet", model=MODELS if CONFIG.differential.comparisons else []
+        ),
     localrule: True

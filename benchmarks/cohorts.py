@@ -27,6 +27,8 @@ COVID = ("Normal_PBMC_5", "Normal_PBMC_14", "nCoV_PBMC_1", "nCoV_PBMC_15", "nCoV
 
 def data_folder() -> Path:
     """Return the folder of the real cohorts."""
+    if "COHORTVI_TEST_DATA" not in os.environ:
+        raise SystemExit("COHORTVI_TEST_DATA is not set; expected the folder with the published cohorts")
     return Path(os.environ["COHORTVI_TEST_DATA"])
 
 
@@ -76,17 +78,27 @@ COHORTS: dict[str, Callable[[], ad.AnnData]] = {
 }
 
 
+def write_samples(cells: ad.AnnData, folder: Path) -> list[Path]:
+    """Write each sample's counts as the workflow does; return the manifests. `row` of obs, if there, is kept."""
+    paths = []
+    for sample in cells.obs["sample"].cat.categories:
+        part = cells[cells.obs["sample"] == sample]
+        if not part.n_obs:
+            continue
+        block = sp.csr_matrix(part.X, dtype=np.uint32)
+        obs = pd.DataFrame({"row": np.arange(part.n_obs), "sample": sample, "batch": sample}, part.obs_names)
+        obs["total_counts"] = block.sum(1).A1
+        for column in part.obs.columns.intersection(["row", "cell_type"]):
+            obs[column] = part.obs[column].to_numpy()
+        path = folder / f"{sample}.json"
+        write_json(write_counts([block], obs, part.var[[]], path.with_suffix(".zarr"), sample=sample), path)
+        paths.append(path)
+    return paths
+
+
 def write_shards(cells: ad.AnnData, folder: Path) -> tuple[list[Path], list[Path]]:
     """Write the cells as the workflow does; return the manifests of the training and the validation shards."""
-    counts = []
-    for sample in cells.obs["sample"].cat.categories:
-        rows = np.flatnonzero(cells.obs["sample"] == sample)
-        block = sp.csr_matrix(cells.X[rows], dtype=np.uint32)
-        obs = pd.DataFrame({"row": np.arange(len(rows)), "sample": sample, "batch": sample}, cells.obs_names[rows])
-        path = folder / f"{sample}.json"
-        write_json(write_counts([block], obs, cells.var[[]], path.with_suffix(".zarr"), sample=sample), path)
-        counts.append(path)
-    paths = []
+    counts, paths = write_samples(cells, folder), []
     for name in shard_names(SPLIT):
         split, shard = name.split("-")
         path = folder / f"{name}.json"

@@ -155,6 +155,20 @@ def _model(folder: Path, model: str, every: pd.DataFrame, fake: Fake, rng: np.ra
     write_table(_markers(k, fake, rng), folder / "markers.parquet")
     _gap(folder, kept, rng)
     write_json(_metrics(counts, fake, rng), folder / "metrics.json")
+    write_table(_changes(fake), folder / "differential.parquet")
+
+
+def _changes(fake: Fake) -> pd.DataFrame:
+    """Three of the genes change in each of two clusters."""
+    rng, parts = np.random.default_rng(1), []
+    for stratum in ("0", "1"):
+        p = np.sort(np.append(rng.random(fake.genes - 3) * 0.3, [0.99, 0.995, 1.0]))[::-1]
+        columns = {"comparison": "arm", "stratum": stratum, "gene": [f"G{i}" for i in range(len(p))], "p_change": p}
+        columns |= {"fdr": 1 - p, "is_changed": p > 0.9, "lfc": rng.normal(0, 1, len(p)), "lfc_sd": 0.3}
+        columns |= {"mean_first": 1e-3, "mean_second": 1e-3, "cells_first": 120, "cells_second": 80, "same_batch": True}
+        bulk = {"pseudobulk_lfc": 0.5, "pseudobulk_p": 1e-6, "pseudobulk_fdr": 1.5e-5, "replicates": 4}
+        parts.append(pd.DataFrame(columns | bulk))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _history(model: str, rng: np.random.Generator) -> tuple[pd.DataFrame, int]:
@@ -308,6 +322,8 @@ def _config(fake: Fake) -> dict:
     config["models"] = {name: config["models"]["nb"] | {"likelihood": name} for name in fake.models}
     config["report"] |= {"title": fake.title, "color_by": list(fake.color_by)}
     config["genes"]["n_top"] = fake.genes // 5
+    arm = {"column": "arm", "group": "treated", "reference": "control", "within": "leiden_0.5"}
+    config["differential"]["comparisons"] = {"arm": arm} if fake.labels else {}
     labels, truth = ["cell_type"] if fake.labels else [], "truth" if fake.truth else None
     config["atlas"]["metrics"] = {"labels": labels, "truth": truth}
     return config

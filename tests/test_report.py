@@ -310,3 +310,14 @@ def test_benchmarks_are_summed_per_rule(tmp_path: Path) -> None:
 )
 def test_words_and_numbers(shown: object, expected: object) -> None:
     assert shown == expected
+
+
+def test_changes_shown_are_the_first_of_the_file(page: Page, folder: Path) -> None:
+    table = next(rows for rows in page.tables.values() if rows and "P(change)" in rows[0])
+    found = pd.read_parquet(folder / "results/models/nb/differential.parquet")
+    expected = pd.concat([part.head(10) for _, part in found.groupby("stratum")])
+    assert [row[4] for row in table[1:]] == list(expected["gene"])
+    np.testing.assert_allclose([float(row[5]) for row in table[1:]], expected["p_change"], atol=5e-4)
+    assert [row[:4] for row in table[1:] if row[0]] == [
+        ["arm", stratum, "120 / 80", f"3 of {len(found) // 2}"] for stratum in ("0", "1")
+    ]

@@ -11,6 +11,8 @@ from workflows import GATHER, planned, planned_samples, run, tiny_clone, write_s
 
 pytestmark = pytest.mark.slow
 
+CHANGES = {"differential": 1}  # of the table of all cells
+
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
@@ -78,7 +80,7 @@ def test_a_comment_or_docstring_in_a_module_reruns_nothing(clone):
 def test_changed_code_reruns_the_rules_that_reach_it(clone):
     path = clone / "workflow/cohortvi/atlas/layout.py"
     path.write_text(path.read_text().replace("10 * start", "5 * start"))
-    assert planned(clone) == {"layout": 1, "cells": 1, "metrics": 1, "atlas": 1, "ledger": 1, "report": 1}
+    assert planned(clone) == {"layout": 1, "cells": 1, **CHANGES, "metrics": 1, "atlas": 1, "ledger": 1, "report": 1}
 
 
 def change(clone, edit):
@@ -99,7 +101,7 @@ def add_sample(clone, run_name):
 def test_an_added_sample_runs_its_own_passes_and_the_gather_steps(clone):
     add_sample(clone, "run9")
     own = {"qc": 1, "extract": 1, "gene_moments": 1, "gene_fit": 1, "gene_variance": 1}
-    assert planned(clone) == {**own, **GATHER, "shard": 3}
+    assert planned(clone) == {**own, **GATHER, **CHANGES, "shard": 3}
     for rule in own.keys() - {"gene_fit"}:
         assert planned_samples(clone, rule) == {"sample05"}
 
@@ -113,6 +115,7 @@ def test_a_sample_added_to_a_batch_runs_the_batch_s_variances_too(clone):
         "gene_fit": 1,
         "gene_variance": 3,
         **GATHER,
+        **CHANGES,
         "shard": 3,
     }
     assert planned_samples(clone, "gene_variance") == {"sample01", "sample02", "sample05"}
@@ -123,6 +126,7 @@ def test_a_changed_atlas_value_does_not_train_again(clone):
     assert planned(clone) == {
         "cluster": 1,
         "cells": 1,
+        **CHANGES,
         "markers": 1,
         "metrics": 1,
         "atlas": 1,
@@ -143,7 +147,7 @@ def test_reordering_the_sheet_reruns_nothing_and_a_new_column_the_tables_alone(c
     sheet.write_text("\n".join([header, *reversed(rows)]) + "\n")
     assert planned(clone) == {}
     sheet.write_text("\n".join([f"{header}\tage", *(f"{row}\t40" for row in rows)]) + "\n")
-    assert planned(clone) == {"cells": 1, "metrics": 1, "atlas": 1, "ledger": 1, "report": 1}
+    assert planned(clone) == {"cells": 1, **CHANGES, "metrics": 1, "atlas": 1, "ledger": 1, "report": 1}
 
 
 @pytest.mark.parametrize(
@@ -154,6 +158,10 @@ def test_reordering_the_sheet_reruns_nothing_and_a_new_column_the_tables_alone(c
         (lambda values: values.update(cohort={"sheet": "none.tsv"}), "none.tsv: no such sample sheet"),
         (lambda values: values["qc"].update(overrides={"sampel01": {}}), "did you mean 'sample01'?"),
         (lambda values: values["atlas"].update(metrics={"truth": "nowhere"}), "atlas.metrics.truth: no such folder"),
+        (
+            lambda values: values["differential"]["comparisons"]["donor"].update(within="leiden_0.6"),
+            "differential.comparisons.donor.within: 'leiden_0.6' is unknown; did you mean 'leiden_0.5'?",
+        ),
     ],
 )
 def test_a_wrong_config_is_refused_before_any_job(clone, edit, expected):

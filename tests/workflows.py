@@ -36,6 +36,9 @@ TINY = {
     "models": {"nb": {"max_epochs": 4, "n_hidden": 32}},
     "gap": {"cells": 50, "steps": 30, "draws": 100},
     "atlas": {"clusters": {"resolutions": [0.5], "shown": 0.5}},
+    "differential": {
+        "comparisons": {"donor": {"column": "donor", "group": "donor0", "reference": None, "within": "run"}}
+    },
     "report": {"color_by": ["donor"]},
 }
 

@@ -147,6 +147,24 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    column: str
+    group: str
+    reference: str | None
+    within: str | None
+
+
+@dataclass(frozen=True)
+class Differential:
+    comparisons: dict[str, Comparison]
+    replicate: str
+    cells: int
+    pairs: int
+    delta: float
+    fdr: float
+
+
+@dataclass(frozen=True)
 class Neighbors:
     n_neighbors: int
 
@@ -222,8 +240,14 @@ class Config:
     models: dict[str, Model]
     gap: Gap
     atlas: Atlas
+    differential: Differential
     report: Report
     simulate: Simulate
+
+
+def cluster_column(resolution: float) -> str:
+    """Return the name of the clusters at a resolution: leiden_0.5."""
+    return f"leiden_{resolution:g}"
 
 
 def build(kind: type[T], values: dict[str, Any]) -> T:

@@ -155,6 +155,35 @@ rule cells:
         "../../scripts/cells.py"
 
 
+rule differential:
+    input:
+        model="results/models/{model}/model.safetensors",
+        facts="results/models/{model}/model.json",
+        counts=of_samples("results/store/counts/{sample}.json"),
+        cells="results/models/{model}/cells.parquet",
+    output:
+        changes="results/models/{model}/differential.parquet",
+    log:
+        "logs/differential/{model}.log",
+    benchmark:
+        "benchmarks/out/differential/{model}.tsv"
+    conda:
+        "../../envs/gpu.yaml"
+    threads: 2
+    resources:
+        mem_mb=memory(4000),
+        runtime=minutes(240),
+        gpu=1,
+    params:
+        config=config["differential"],
+        chunk_cells=config["cohort"]["chunk_cells"],
+        covariates=lambda wildcards: sections.sheet_covariates(CONFIG.models[wildcards.model], sheet),
+        seed=config["seed"],
+        code=code("differential"),
+    script:
+        "../../scripts/differential.py"
+
+
 rule atlas:
     input:
         counts=of_samples("results/store/counts/{sample}.json"),

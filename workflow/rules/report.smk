@@ -24,6 +24,7 @@ rule report:
                 "cells.parquet",
                 "markers.parquet",
                 "metrics.json",
+                *(["differential.parquet"] if CONFIG.differential.comparisons else []),
             ],
         ),
     output:

@@ -5,10 +5,7 @@ from collections.abc import Sequence
 import anndata as ad
 import pandas as pd
 
-
-def column(resolution: float) -> str:
-    """Return the name of the clusters at a resolution: leiden_0.5."""
-    return f"leiden_{resolution:g}"
+from cohortvi.config import cluster_column
 
 
 def leiden_clusters(graph: ad.AnnData, resolutions: Sequence[float], seed: int) -> pd.DataFrame:
@@ -19,13 +16,13 @@ def leiden_clusters(graph: ad.AnnData, resolutions: Sequence[float], seed: int) 
         sc.tl.leiden(
             graph,
             resolution=resolution,
-            key_added=column(resolution),
+            key_added=cluster_column(resolution),
             flavor="igraph",
             n_iterations=2,
             directed=False,
             random_state=seed,
         )
-    return graph.obs[[column(resolution) for resolution in resolutions]].apply(from_largest)
+    return graph.obs[[cluster_column(resolution) for resolution in resolutions]].apply(from_largest)
 
 
 def from_largest(clusters: pd.Series) -> pd.Series:

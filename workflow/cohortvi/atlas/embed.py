@@ -21,10 +21,11 @@ from zarr.core.dtype import VariableLengthUTF8
 from cohortvi.config import Embed
 from cohortvi.files import read_json, replacing
 from cohortvi.inference.checkpoint import load_model
-from cohortvi.inference.covariates import BATCH, Columns, Sheet
+from cohortvi.inference.covariates import Columns, Sheet
 from cohortvi.inference.networks import Covariates
 from cohortvi.inference.posteriors import DiagonalGaussian
 from cohortvi.inference.prepare import choose_device, on_device, output_for, seed_torch
+from cohortvi.inference.reading import check_genes, covariates_of
 from cohortvi.inference.refinement import Refined, refined
 from cohortvi.inference.sparse import Counts
 from cohortvi.inference.vae import VAE
@@ -97,7 +98,7 @@ def embed(
     encoder = _Encoder(vae, Columns.from_facts(facts), sheet, choose_device(facts["settings"]["device"]), settings)
     readers = [open_counts(path, facts["genes"]) for path in counts]
     for reader in readers:
-        _check_genes(reader, facts["genes"])
+        check_genes(reader, facts["genes"])
     samples = {sample: n for reader in readers for sample, n in reader.manifest["samples"].items()}
     manifest = {"n_obs": sum(samples.values()), "n_latent": vae.n_latent, "samples": samples}
     with replacing(out) as partial, quiet(), ad.settings.override(auto_shard_zarr_v3=True):
@@ -121,14 +122,6 @@ def open_latent(manifest: str | Path) -> Latent:
         return Latent(facts, pd.Index(root["obs/_index"][:]), obsm["X_latent"][:], obsm["X_latent_std"][:])
 
 
-def _check_genes(reader: CountsReader, genes: list[str]) -> None:
-    if reader.n_obs and not reader.var.index.isin(genes).any():
-        raise ValueError(
-            f"{reader.path}: it has none of the {len(genes)} genes of the model ({', '.join(genes[:3])} ...); expected "
-            "names as the model knows them. Check cohort.gene_key, or train the model again."
-        )
-
-
 class _Encoder:
     """A model that encodes the cells of counts stores, told their covariates if it asks for them."""
 
@@ -144,7 +137,7 @@ class _Encoder:
         """Yield the cells of a store, in order, as those of the sample with this code."""
         names = reader.obs.index.to_numpy(dtype=object)
         is_told = self.vae.encode_covariates or self.settings.refine_above is not None
-        values = self._covariates(reader) if is_told and reader.n_obs else {}
+        values = covariates_of(reader, self.columns, self.sheet) if is_told and reader.n_obs else {}
         store = ShardedCounts([reader])
         for x, _, rows in Loader(store, batch_size=chunk_cells, seed=0, shuffle=False, output=output_for(self.device)):
             start, stop = rows[0], rows[-1] + 1
@@ -166,28 +159,6 @@ class _Encoder:
         found = refined(self.vae, x, known, start, self.settings.refine_above, self.settings.steps)
         self.changes.add(found)
         return found.loc_nk, found.scale_nk
-
-    def _covariates(self, reader: CountsReader) -> dict[str, np.ndarray]:
-        tables = self.columns.sheet_tables(self.sheet, list(reader.manifest["samples"]))
-        found = {name: np.repeat(table.numpy(), reader.n_obs) for name, table in tables.items()}
-        for name, known in {BATCH: self.columns.batches, **self.columns.categories}.items():
-            if name not in found:
-                found[name] = _codes(reader, name, known)
-        rest = [name for name in self.columns.continuous if name not in found]
-        return found | {name: reader.column(name, 0, reader.n_obs) for name in rest}
-
-
-def _codes(reader: CountsReader, name: str, known: Sequence[str]) -> np.ndarray:
-    """Return the codes that the model has for a store's column."""
-    values = pd.Index(reader.categories(name) or [])
-    codes = pd.Index(known).get_indexer(values)[reader.column(name, 0, reader.n_obs)]
-    if (codes < 0).any():
-        new = sorted(set(values) - set(known))
-        raise ValueError(
-            f"{reader.path}: {name} {', '.join(map(repr, new))} is not among the model's {', '.join(known)}; expected "
-            "values that it was trained on. Train the model again, or one with encode_covariates: false."
-        )
-    return codes.astype(np.int64)
 
 
 def _create(path: Path, samples: list[str], n_obs: int, n_latent: int) -> zarr.Group:

@@ -8,10 +8,10 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from cohortvi.atlas.clusters import column
 from cohortvi.atlas.embed import Latent, open_latent
 from cohortvi.atlas.metrics import agreement, batch_mixing, silhouette
 from cohortvi.atlas.truth import batch_effects, doublets_found, dying_removed, quarantined, read_truth, true_types
+from cohortvi.config import cluster_column
 from cohortvi.files import read_table
 from cohortvi.inference.checkpoint import load_model
 
@@ -46,7 +46,7 @@ def measure(sources: Sources, labels: Sequence[str], shown: float, seed: int) ->
             }
             for name in clusters
         },
-        "shown": column(shown),
+        "shown": cluster_column(shown),
         "batch_mixing": batch_mixing(graph, cells["batch"]),
         "truth": recovered(sources, clusters, latent) if sources.truth else None,
     }

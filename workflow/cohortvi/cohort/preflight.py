@@ -13,7 +13,7 @@ import pandas as pd
 from cohortvi.cohort.readers import open_raw
 from cohortvi.cohort.selection import joined
 from cohortvi.cohort.sheet import Sample
-from cohortvi.config import Config
+from cohortvi.config import Config, cluster_column
 from cohortvi.files import digest, read_json, write_json
 
 COMPUTED = ("row", "n_genes_by_counts", "total_counts", "doublet_score", "predicted_doublet", "reason")
@@ -44,6 +44,13 @@ def _name_faults(config: Config, samples: Sequence[Sample]) -> Iterator[str]:
         for kind, known in (("categorical", sheet | kept), ("continuous", sheet | kept | measured)):
             columns = getattr(settings, f"{kind}_covariates")
             wanted += [(f"models.{model}.{kind}_covariates", column, known) for column in columns]
+    clusters = {cluster_column(resolution) for resolution in config.atlas.clusters.resolutions}
+    wanted += [("differential.replicate", config.differential.replicate, sheet | kept)]
+    for comparison, groups in config.differential.comparisons.items():
+        columns = [("column", groups.column), *([] if groups.within is None else [("within", groups.within)])]
+        wanted += [
+            (f"differential.comparisons.{comparison}.{key}", name, sheet | kept | clusters) for key, name in columns
+        ]
     for where, name, known in wanted:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)

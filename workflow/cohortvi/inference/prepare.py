@@ -33,7 +33,7 @@ from cohortvi.store.sharded import ShardedCounts
 ADAM_EPS = 0.01
 MIN_LIBRARY_VARIANCE = 1e-4  # of the log libraries of a batch
 EVALUATED_CELLS = 1024  # cells at a time in validation
-INIT, TRAINING, VALIDATION, GAP = range(4)  # uses of random numbers, each with its own stream
+INIT, TRAINING, VALIDATION, GAP, DIFFERENTIAL = range(5)  # uses of random numbers, each with its own stream
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 
 from cohortvi.inference.covariates import SAMPLE, Columns, Sheet
 from cohortvi.inference.networks import Covariates
-from cohortvi.inference.sparse import Counts, dense, sparse_counts, take_rows
+from cohortvi.inference.sparse import Counts, SparseCounts, dense, sparse_counts, take_rows
+from cohortvi.store.layout import Rows
 from cohortvi.store.opening import open_counts
 from cohortvi.store.sharded import ShardedCounts
 
@@ -65,10 +66,7 @@ def shares(sizes: np.ndarray, n: int) -> np.ndarray:
 def read_cells(store: ShardedCounts, rows: Sequence[np.ndarray], columns: Columns, sheet: Sheet) -> Cells:
     """Return the cells at these rows of each store, as CSR; `columns`: the model's; `sheet`: as for `fit`."""
     parts = [store.stores[shard].read(row, row + 1) for shard, found in enumerate(rows) for row in found.tolist()]
-    ends = np.concatenate([[0], np.cumsum([len(part.indices) for part in parts])]).astype(np.int64)
-    indices = np.concatenate([part.indices for part in parts]).astype(np.int32)
-    data = np.concatenate([part.data for part in parts]).astype(np.float32)
-    x = sparse_counts(*map(torch.from_numpy, (ends, indices, data)), store.n_vars)
+    x = counts_of(parts, store.n_vars)
     tables = columns.sheet_tables(sheet, store.categories[SAMPLE])
     wanted = [SAMPLE, *(name for name in columns.names if name not in tables)]
     codes = {name: torch.from_numpy(_taken(store.column, name, rows, store.sizes)) for name in wanted}
@@ -76,6 +74,14 @@ def read_cells(store: ShardedCounts, rows: Sequence[np.ndarray], columns: Column
     covariates = columns.covariates(codes, torch.device("cpu"))
     obs = {name: _taken(store.values, name, rows, store.sizes) for name in store.columns}
     return Cells(x, covariates, pd.DataFrame(obs))
+
+
+def counts_of(cells: Sequence[Rows], n_vars: int) -> SparseCounts:
+    """Return counts that were read one cell at a time as a model on the CPU takes them."""
+    ends = np.concatenate([[0], np.cumsum([len(cell.indices) for cell in cells])]).astype(np.int64)
+    indices = np.concatenate([cell.indices for cell in cells]).astype(np.int32)
+    data = np.concatenate([cell.data for cell in cells]).astype(np.float32)
+    return sparse_counts(*map(torch.from_numpy, (ends, indices, data)), n_vars)
 
 
 def _taken(read: Callable, name: str, rows: Sequence[np.ndarray], sizes: Sequence[int]) -> np.ndarray:

@@ -120,3 +120,14 @@ RESOURCES = (
     "resident memory of the largest, processor time over wall time (100 % is one core). It is the one table that "
     "differs between two equal runs."
 )
+
+CHANGES = (
+    "The {n} likeliest changes of each comparison. P(change): that the fold change between a cell of the group and "
+    "one of the reference is above 2^{delta:g}, over cells and draws from their posteriors; sd: of that fold "
+    "change. Changed: the largest set of genes whose expected share of false ones is at most {fdr:g}. Of "
+    "pseudobulk, replicates, adjusted p: the same groups compared by sums over each {replicate}, a paired t-test "
+    "where replicates have both groups, Benjamini-Hochberg over genes. The model speaks of cells and pseudobulk of "
+    "replicates: trust a gene that has both."
+)
+
+NO_CHANGES = "No comparison has enough cells of both groups."

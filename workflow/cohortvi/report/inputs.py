@@ -38,13 +38,14 @@ class ModelFiles:
     metrics: Path
     gap: Path
     gap_cells: Path
+    differential: Path  # there if the config names comparisons
 
     @classmethod
     def within(cls, folder: Path) -> "ModelFiles":
         """Return the files of results/models/{model}."""
         tables = (folder / f"{name}.parquet" for name in ("history", "clusters", "layout", "cells", "markers"))
         gap = folder / "gap.json", folder / "gap.parquet"
-        return cls(folder / "model.json", *tables, folder / "metrics.json", *gap)
+        return cls(folder / "model.json", *tables, folder / "metrics.json", *gap, folder / "differential.parquet")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,17 @@ def model_sections(cohort: Cohort, name: str, facts: dict, metrics: dict, shown:
         Section(f"map-{name}", "Maps", [_maps(cohort, files, clusters)], level=3),
         Section(f"clusters-{name}", "Clusters", _clusters(files, metrics, clusters, shown), level=3),
         Section(f"markers-{name}", "Markers", _markers(cohort, files, clusters), level=3),
+        *_changes(cohort, name, files),
     ]
+
+
+def _changes(cohort: Cohort, name: str, files: ModelFiles) -> list[Section]:
+    settings = cohort.config["differential"]
+    if not settings["comparisons"]:
+        return []
+    changes = read_table(files.differential)
+    blocks = [tables.change_table(changes, settings)] if len(changes) else [Text(captions.NO_CHANGES)]
+    return [Section(f"differential-{name}", "Differential expression", blocks, level=3)]
 
 
 def _facts(order: Mapping[str, object], facts: dict) -> Facts:

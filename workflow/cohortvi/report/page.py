@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from cohortvi.atlas.clusters import column
+from cohortvi.config import cluster_column
 from cohortvi.files import read_table, replacing
 from cohortvi.report import sections, tables, words
 from cohortvi.report.blocks import Section, number
@@ -24,7 +24,7 @@ def write_report(inputs: ReportInputs, config: dict[str, Any], out: Path) -> Non
     """Write the page of a cohort to `out`; `config`: the whole config, as read."""
     cohort = Cohort(inputs, config, read_facts(inputs), read_ledger(inputs.ledger), read_table(inputs.genes))
     models = read_models(inputs.models)
-    shown = column(config["atlas"]["clusters"]["shown"])
+    shown = cluster_column(config["atlas"]["clusters"]["shown"])
     parts = [sections.samples_section(cohort), sections.quality_section(cohort), sections.genes_section(cohort)]
     parts.append(Section("models", "The models", [tables.comparison_table(models, shown)]))
     for name, (facts, metrics) in models.items():

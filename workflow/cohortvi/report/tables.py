@@ -1,6 +1,7 @@
 """Tables of the page: the cohort, the ledger, models, clusters, markers, resources."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -9,6 +10,7 @@ from cohortvi.report.blocks import Table, heat, stack
 from cohortvi.report.theme import PALETTE
 from cohortvi.report.words import number, percent
 
+TOP_CHANGES = 10  # genes of each comparison that are shown
 KEPT_COLOR = "var(--accent)"
 REASON_COLORS = [PALETTE[i] for i in (1, 3, 2, 5, 7, 6, 11, 8, 9, 13, 14, 16, 17, 19)]  # no blue, which means kept
 FACTS = ("cells_in", "kept", "quarantined", "counts", "train", "validation")
@@ -162,6 +164,32 @@ def marker_table(best: pd.DataFrame, sizes: pd.Series) -> Table:
         captions.MARKERS,
         ["cluster", "cells", "gene", "t", "log2 fold change", "mean", "expressing", "in the rest", "adjusted p"],
         "lrlrrrrrr",
+        rows,
+    )
+
+
+def change_table(changes: pd.DataFrame, settings: Mapping[str, Any]) -> Table:
+    """Return the likeliest changes of each contrast; `settings`: section `differential` of the config."""
+    rows = []
+    for (comparison, stratum), genes in changes.groupby(["comparison", "stratum"], sort=False):
+        first = genes.iloc[0]
+        cells = f"{number(first['cells_first'])} / {number(first['cells_second'])}"
+        called = f"{number(genes['is_changed'].sum())} of {number(len(genes))}"
+        for at, row in enumerate(genes.head(TOP_CHANGES).itertuples()):
+            where = [comparison, stratum, cells, called] if at == 0 else ["", "", "", ""]
+            numbers = [
+                number(row.p_change, 3),
+                number(row.lfc, 2),
+                number(row.lfc_sd, 2),
+                number(row.pseudobulk_lfc, 2),
+            ]
+            rows.append([*where, str(row.gene), *numbers, number(row.replicates), words.p_value(row.pseudobulk_fdr)])
+    header = ["comparison", "within", "cells", "changed", "gene", "P(change)", "log2 fold change", "sd"]
+    return Table(
+        "Genes that differ between groups of cells.",
+        captions.CHANGES.format(**settings, n=TOP_CHANGES),
+        [*header, "of pseudobulk", "replicates", "adjusted p"],
+        "lllllrrrrrr",
         rows,
     )
 
