@@ -9,7 +9,8 @@ STORE ?= results/store
 export PYTHONUTF8 := 1
 
 .PHONY: help setup demo kang unlock verify test test-fast test-kill test-slurm lint format
-.PHONY: bench bench-elbo bench-differential bench-gap bench-training bench-kang bench-loader bench-limits bench-loader-scale clean
+.PHONY: bench bench-elbo bench-differential bench-gap bench-label-transfer bench-mapping bench-quality bench-training
+.PHONY: bench-kang bench-loader bench-limits bench-loader-scale clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -80,8 +81,17 @@ bench-elbo: $(VENV)/.peers ## seconds to scvi-tools' own held-out ELBO, and the 
 bench-differential: $(VENV)/.peers ## differential expression where the changes are known, beside scvi-tools; an hour
 	$(BIN)/python benchmarks/differential.py
 
+bench-label-transfer: $(VENV)/.peers ## labels of donors without any, beside scANVI; an hour
+	$(BIN)/python benchmarks/label_transfer.py
+
+bench-mapping: $(VENV)/.peers ## new batches mapped onto a model by surgery or not (COHORTVI_TEST_DATA); ten minutes
+	$(BIN)/python benchmarks/mapping.py
+
 bench-gap: $(VENV)/.peers ## how far the posterior can be trusted on Kang et al., and on a type that was left out
 	$(BIN)/python benchmarks/gap_table.py
+
+bench-quality: $(VENV)/.peers ## quality beside scvi-tools, PCA and Harmony on four cohorts (COHORTVI_TEST_DATA); hours
+	$(BIN)/python benchmarks/quality.py
 
 bench-training: $(VENV)/.peers ## training steps and what a trained model is asked, beside scvi-tools
 	$(BIN)/python benchmarks/training_speed.py

@@ -24,4 +24,5 @@ rule all:
         changes=expand(
             "results/models/{model}/differential.parquet", model=MODELS if CONFIG.differential.comparisons else []
         ),
+        expression=expand("results/models/{model}/expression.json", model=MODELS if CONFIG.expression.genes else []),
     localrule: True

@@ -13,6 +13,7 @@ manifest = embed(
     snakemake.output.store,
     build(Embed, params.config),
     sheet=params.covariates,
+    seed=params.seed,
     chunk_cells=params.chunk_cells,
     threads=snakemake.threads,
 )

@@ -9,7 +9,9 @@ from cohortvi.files import write_json, write_table
 
 log.start(snakemake.log[0])
 config = build(Qc, snakemake.params.config)
-raw = open_raw(from_source(snakemake.params.source), symbols=config.symbols, **snakemake.params.cohort)
+cohort = snakemake.params.cohort
+# What a file may lack was looked at before any job, by the models that have a use for it: no model reruns this rule.
+raw = open_raw(from_source(snakemake.params.source), symbols=config.symbols, **cohort, may_lack=cohort["keep_obs"])
 cells, facts = run_qc(raw, config, snakemake.params.seed)
 write_table(cells, snakemake.output.cells)
 write_json(facts, snakemake.output.facts)

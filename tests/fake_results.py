@@ -10,7 +10,7 @@ import yaml
 from cohortvi.cohort.sheet import file_name
 from cohortvi.config import Gap, build
 from cohortvi.files import write_json, write_table
-from cohortvi.inference.gap_summary import summary
+from cohortvi.inference.gap_summary import label_summary, summary
 from cohortvi.report.inputs import ReportInputs
 
 CONFIG = Path(__file__).parents[1] / "config/config.yaml"
@@ -146,6 +146,9 @@ def _model(folder: Path, model: str, every: pd.DataFrame, fake: Fake, rng: np.ra
     write_table(pd.DataFrame(places, kept.index, ["umap_1", "umap_2"]), folder / "layout.parquet")
     cells = kept.drop(columns=["row", "reason", "predicted_doublet"])
     cells["cell_type"] = [f"type {i}" for i in kind]
+    if has_labels := _has_labels(model, fake):
+        cells["predicted_label"] = cells["cell_type"]
+        cells["label_probability"] = rng.beta(9, 1, n)
     cells["pool"] = [f"pool {i:03d}" for i in rng.integers(max(fake.many, 1), size=n)]
     text = cells.select_dtypes(object).columns
     write_table(cells.astype(dict.fromkeys(text, "category")), folder / "cells.parquet")
@@ -153,9 +156,15 @@ def _model(folder: Path, model: str, every: pd.DataFrame, fake: Fake, rng: np.ra
     write_table(history, folder / "history.parquet")
     write_json(_facts(model, history, best, kept, fake), folder / "model.json")
     write_table(_markers(k, fake, rng), folder / "markers.parquet")
-    _gap(folder, kept, rng)
+    _gap(folder, cells if has_labels else kept, rng)
     write_json(_metrics(counts, fake, rng), folder / "metrics.json")
     write_table(_changes(fake), folder / "differential.parquet")
+    write_json(_likelihood(kept), folder / "likelihood.json")
+
+
+def _has_labels(model: str, fake: Fake) -> bool:
+    """Whether the model has labels: one of several has."""
+    return fake.labels and model == "nb" and len(fake.models) > 1
 
 
 def _changes(fake: Fake) -> pd.DataFrame:
@@ -169,6 +178,12 @@ def _changes(fake: Fake) -> pd.DataFrame:
         bulk = {"pseudobulk_lfc": 0.5, "pseudobulk_p": 1e-6, "pseudobulk_fdr": 1.5e-5, "replicates": 4}
         parts.append(pd.DataFrame(columns | bulk))
     return pd.concat(parts, ignore_index=True)
+
+
+def _likelihood(kept: pd.DataFrame) -> dict:
+    found = {"mean": -612.5, "se": 1.234, "error": 0.0567, "ess": 12.34}
+    samples = [{"sample": name, "cells": int(n), **found} for name, n in kept["sample"].value_counts().items()]
+    return {"samples": samples, "all": {"cells": len(kept), **found, "se": None}}
 
 
 def _history(model: str, rng: np.random.Generator) -> tuple[pd.DataFrame, int]:
@@ -195,6 +210,7 @@ def _facts(model: str, history: pd.DataFrame, best: int, kept: pd.DataFrame, fak
         "batches": sorted(kept["batch"].unique()),
         "categories": {},
         "continuous": {},
+        "labels": [f"type {i}" for i in range(fake.types)] if _has_labels(model, fake) else [],
         "seed": 0,
         "shards": "9f2c11d07be4a860",
         "n_obs": int(len(kept) * 0.9),
@@ -208,8 +224,8 @@ def _facts(model: str, history: pd.DataFrame, best: int, kept: pd.DataFrame, fak
     }
 
 
-def _gap(folder: Path, kept: pd.DataFrame, rng: np.random.Generator) -> None:
-    chosen = kept.iloc[np.sort(rng.choice(len(kept), min(len(kept), 600), replace=False))]
+def _gap(folder: Path, cells: pd.DataFrame, rng: np.random.Generator) -> None:
+    chosen = cells.iloc[np.sort(rng.choice(len(cells), min(len(cells), 600), replace=False))]
     n = len(chosen)
     elbo, amortized, approximate = rng.normal(-620, 90, n), rng.gamma(2, 0.6, n), rng.gamma(3, 0.2, n)
     split = np.where(rng.random(n) < 0.5, "train", "validation")
@@ -225,6 +241,9 @@ def _gap(folder: Path, kept: pd.DataFrame, rng: np.random.Generator) -> None:
         "khat_encoder": rng.normal(0.7, 0.2, n),
         "khat": rng.normal(0.4, 0.2, n),
     }
+    is_labelled = "predicted_label" in cells
+    if is_labelled:
+        columns |= {name: chosen[name].to_numpy() for name in ("cell_type", "predicted_label", "label_probability")}
     table = pd.DataFrame(columns)
     level = float(elbo.mean())
     curves = [
@@ -240,12 +259,14 @@ def _gap(folder: Path, kept: pd.DataFrame, rng: np.random.Generator) -> None:
     checks = [
         {"batch": batch, "cells": 50, "statistic": name, "observed": value, "replicated": 1.01 * value}
         | {"low": 0.98 * value, "high": 1.04 * value}
-        for batch in sorted(kept["batch"].unique())
+        for batch in sorted(cells["batch"].unique())
         for name, value in values.items()
     ]
     ranks = rng.multinomial(300, np.full(10, 0.1), 10).tolist()
     covered = {level: rng.uniform(level - 0.05, level + 0.05, 10).tolist() for level in (0.5, 0.9)}
     criticism = {"predictive": checks, "calibration": {"draws": 99, "histogram": ranks, "coverage": covered}}
+    if is_labelled:
+        criticism["labels"] = label_summary(table, "cell_type", sorted(cells["cell_type"].unique()))
     write_json(summary(table, curves, latent, settings) | criticism, folder / "gap.json")
 
 
@@ -324,6 +345,7 @@ def _config(fake: Fake) -> dict:
     config["genes"]["n_top"] = fake.genes // 5
     arm = {"column": "arm", "group": "treated", "reference": "control", "within": "leiden_0.5"}
     config["differential"]["comparisons"] = {"arm": arm} if fake.labels else {}
+    config["likelihood"]["draws"] = 100 if fake.labels else None
     labels, truth = ["cell_type"] if fake.labels else [], "truth" if fake.truth else None
     config["atlas"]["metrics"] = {"labels": labels, "truth": truth}
     return config

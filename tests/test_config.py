@@ -6,7 +6,7 @@ from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
-from cohortvi.config import Config, build, check
+from cohortvi.config import Config, Reference, build, check
 
 
 def test_the_shipped_config_is_valid_and_becomes_dataclasses(demo_values, config_schema):
@@ -51,6 +51,9 @@ def test_schema_dataclasses_and_config_have_the_same_keys(demo_values, config_sc
         ("qc.overrides", {"s1": {"pct_counts_mito": {"below": 5}}}, "did you mean 'pct_counts_mt'?"),
         ("qc.overrides", {"s1": {"pct_counts_mt": {"belo": 5}}}, "belo: unknown key; did you mean 'below'?"),
         ("genes.always", ["A"], "genes.always and genes.never both hold A"),
+        ("expression.genes", ["A"], "expression.genes and genes.never both hold A"),
+        ("likelihood.draws", 1, "likelihood.draws: found 1 (an integer); expected at least 2"),
+        ("expression.groups", ["run", "run"], "expression.groups: found ['run', 'run'] (a list); expected"),
     ],
 )
 def test_each_fault_is_named_with_what_was_expected(demo_values, config_schema, path, value, expected):
@@ -71,6 +74,17 @@ def test_all_faults_are_listed_at_once(demo_values, config_schema):
     with pytest.raises(ValueError, match="missing seed") as error:
         check(demo_values, config_schema)
     assert "store: missing shards" in str(error.value)
+
+
+def test_a_reference_is_none_or_a_section_of_its_own(demo_values, config_schema):
+    assert check(demo_values, config_schema).models["nb"].reference is None
+    demo_values["models"]["nb"]["reference"] = {"path": "references/nb", "surgery": True}
+    assert check(demo_values, config_schema).models["nb"].reference == Reference("references/nb", surgery=True)
+    compare(Reference, demo_values["models"]["nb"]["reference"], config_schema["properties"]["models"]
+            ["additionalProperties"]["properties"]["reference"], config_schema["$defs"])  # fmt: skip
+    demo_values["models"]["nb"]["reference"]["surgry"] = True
+    with pytest.raises(ValueError, match=r"models\.nb\.reference\.surgry: unknown key; did you mean 'surgery'\?"):
+        check(demo_values, config_schema)
 
 
 def test_a_list_becomes_a_tuple_and_an_integer_a_float(demo_values):

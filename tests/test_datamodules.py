@@ -310,7 +310,7 @@ def test_training_from_a_store_reaches_the_elbo_of_training_from_an_anndata(scvi
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"batch_key": "age"}, "'age' is no column of text that all stores have; expected some of batch, sample, sex"),
+        ({"batch_key": "age"}, "'age' is no column of text that all stores have; expected some of batch, kind, sample"),
         ({"categorical_covariate_keys": ["donor"]}, "'donor' is no column of text"),
         ({"continuous_covariate_keys": ["sex"]}, "'sex' is no column of numbers .* expected some of age, row"),
     ],

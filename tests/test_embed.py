@@ -12,7 +12,7 @@ import tiny_cohort
 import torch
 from tiny_cohort import MODEL, VARIANTS, manifests
 
-from cohortvi.atlas import embed as module
+from cohortvi.atlas import cell_store
 from cohortvi.atlas.embed import embed, open_latent
 from cohortvi.config import Embed
 from cohortvi.files import write_json
@@ -22,16 +22,16 @@ from cohortvi.inference.train import fit
 
 SHEET = {"site": {"s0": "north", "s1": "south"}, "dose": {"s0": "0.5", "s1": "2"}}
 TOLD = {"encode_covariates": True, "categorical_covariates": ("site", "sex"), "continuous_covariates": ("dose", "age")}
-PLAIN = Embed(refine_above=None, steps=100)
+PLAIN = Embed(refine_above=None, steps=100, samples=0)
 
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory) -> Path:
-    """Counts, shards and two models: `told` of the covariates, and `plain`."""
+    """Counts, shards and three models: `told` of the covariates, `plain`, and `full` with a full covariance."""
     folder = tmp_path_factory.mktemp("cohort")
     tiny_cohort.write_cohort(folder)
     splits = manifests(folder, "train"), manifests(folder, "validation")
-    for name, changes in (("plain", {}), ("told", TOLD)):
+    for name, changes in (("plain", {}), ("told", TOLD), ("full", {"posterior": "full"})):
         model = dataclasses.replace(MODEL, max_epochs=2, **changes)
         vae, _, facts = fit(*splits, model, sheet=SHEET, seed=0, checkpoints=folder / f"{name}-ck", threads=1)
         save_model(vae, facts, folder / f"{name}.safetensors", folder / f"{name}.json")
@@ -43,7 +43,7 @@ def counts_of(cohort: Path) -> list[Path]:
 
 
 def run(cohort: Path, out: Path, name: str = "plain", counts=None, settings: Embed = PLAIN, **changes) -> dict:
-    options = {"sheet": SHEET, "chunk_cells": 64, "threads": 1} | changes
+    options = {"sheet": SHEET, "seed": 0, "chunk_cells": 64, "threads": 1} | changes
     return embed(cohort / f"{name}.safetensors", counts or counts_of(cohort), out, settings, **options)
 
 
@@ -87,10 +87,10 @@ def test_values_are_those_of_the_encoder_with_each_cells_covariates(cohort, tmp_
 def test_refined_cells_have_the_larger_elbo_and_others_stay(cohort, tmp_path):
     plain = run(cohort, tmp_path / "plain.zarr")
     assert plain["refined"] == {"cells": 0, "elbo_gain": 0.0, "shift": 0.0}
-    whole = run(cohort, tmp_path / "whole.zarr", settings=Embed(0.0, 100))
+    whole = run(cohort, tmp_path / "whole.zarr", settings=Embed(0.0, 100, 0))
     assert whole["refined"]["cells"] == 300
     assert whole["refined"]["elbo_gain"] > 0.05
-    some = run(cohort, tmp_path / "some.zarr", settings=Embed(0.5, 100))
+    some = run(cohort, tmp_path / "some.zarr", settings=Embed(0.5, 100, 0))
     assert 0 < some["refined"]["cells"] < 300
     assert some["refined"]["elbo_gain"] > whole["refined"]["elbo_gain"]
     means = [ad.io.read_zarr(tmp_path / f"{name}.zarr").obsm["X_latent"] for name in ("plain", "whole", "some")]
@@ -109,20 +109,47 @@ def test_every_variant_embeds_cells_in_chunks_of_any_size(cohort, tmp_path, chan
     found = []
     for chunk_cells in (64, 300):
         out = tmp_path / f"{chunk_cells}.zarr"
-        embed(
-            tmp_path / "model.safetensors", counts_of(cohort), out, PLAIN, sheet={}, chunk_cells=chunk_cells, threads=1
-        )
+        few = dataclasses.replace(PLAIN, samples=5)
+        common = {"sheet": {}, "seed": 0, "chunk_cells": chunk_cells, "threads": 1}
+        embed(tmp_path / "model.safetensors", counts_of(cohort), out, few, **common)
         found.append(ad.io.read_zarr(out).obsm)
-    for name in ("X_latent", "X_latent_std"):
-        assert found[0][name].shape == (300, 3)
-        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-4, atol=1e-5)
+    for name, shape in (("X_latent", (3,)), ("X_latent_std", (3,)), ("X_latent_samples", (5, 3))):
+        assert found[0][name].shape == (300, *shape)
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-4, atol=1e-4)
     assert (found[0]["X_latent_std"] > 0).all()
+
+
+def test_samples_are_of_the_posterior_that_mean_and_std_tell_of(cohort, tmp_path):
+    """Of the encoder's, of those that were refined, and of a full covariance beside either."""
+    draws = 400
+    for name, above in (("plain", None), ("plain", 0.5), ("full", None), ("full", 0.5)):
+        run(cohort, tmp_path / "latent.zarr", name, settings=Embed(above, 50, draws))
+        obsm = ad.io.read_zarr(tmp_path / "latent.zarr").obsm
+        away = (obsm["X_latent_samples"] - obsm["X_latent"][:, None]) / obsm["X_latent_std"][:, None]
+        # 900 means and variances of 400 draws: none is five standard errors off, and together they are as they should
+        assert np.abs(away.mean(1)).max() < 5 / draws**0.5
+        assert np.abs(away.var(1) - 1).max() < 6 * (2 / draws) ** 0.5
+        assert away.var() == pytest.approx(1, abs=0.02)
+
+
+def test_samples_do_not_depend_on_other_cells_or_samples(cohort, tmp_path):
+    settings = Embed(None, 10, 3)
+    whole, one = (ad.io.read_zarr(path).obsm["X_latent_samples"] for path in _written(cohort, tmp_path, settings))
+    np.testing.assert_allclose(whole[150:], one, atol=1e-4)
+    run(cohort, tmp_path / "other.zarr", settings=settings, seed=1)
+    assert np.abs(ad.io.read_zarr(tmp_path / "other.zarr").obsm["X_latent_samples"] - whole).min(2).max() > 0.1
+
+
+def _written(cohort, tmp_path, settings):
+    for name, counts in (("whole", counts_of(cohort)), ("one", counts_of(cohort)[1:])):
+        run(cohort, tmp_path / f"{name}.zarr", counts=counts, settings=settings)
+        yield tmp_path / f"{name}.zarr"
 
 
 def test_chunks_and_shards_do_not_change_what_is_written(cohort, tmp_path, monkeypatch):
     whole = run(cohort, tmp_path / "whole.zarr", chunk_cells=1000)
-    monkeypatch.setattr(module, "SHARD_CELLS", 64)
-    monkeypatch.setattr(module, "CHUNK_CELLS", 16)
+    monkeypatch.setattr(cell_store, "SHARD_CHUNKS", 4)
+    monkeypatch.setattr(cell_store, "CHUNK_CELLS", 16)
     for size in (7, 64, 150):
         parts = run(cohort, tmp_path / "parts.zarr", chunk_cells=size)
         assert parts["samples"] == whole["samples"]
@@ -169,7 +196,7 @@ def with_genes(cohort: Path, folder: Path, genes: list[str]) -> Path:
 
 def test_genes_are_found_by_their_names(cohort, tmp_path):
     model = with_genes(cohort, tmp_path, [f"gene{i}" for i in reversed(range(tiny_cohort.N_VARS))])
-    embed(model, counts_of(cohort), tmp_path / "latent.zarr", PLAIN, sheet={}, chunk_cells=200, threads=1)
+    embed(model, counts_of(cohort), tmp_path / "latent.zarr", PLAIN, sheet={}, seed=0, chunk_cells=200, threads=1)
     x, _ = tiny_cohort.simulate(150, seed=0)
     x_ng = torch.from_numpy(x.toarray()[:, ::-1].astype(np.float32))
     with torch.inference_mode():
@@ -180,7 +207,7 @@ def test_genes_are_found_by_their_names(cohort, tmp_path):
 def test_stores_with_none_of_the_models_genes_are_refused(cohort, tmp_path):
     model = with_genes(cohort, tmp_path, [f"ENSG{i}" for i in range(tiny_cohort.N_VARS)])
     with pytest.raises(ValueError, match="it has none of the 30 genes of the model"):
-        embed(model, counts_of(cohort), tmp_path / "o.zarr", PLAIN, sheet={}, chunk_cells=9, threads=1)
+        embed(model, counts_of(cohort), tmp_path / "o.zarr", PLAIN, sheet={}, seed=0, chunk_cells=9, threads=1)
     assert not (tmp_path / "o.zarr").exists()
 
 

@@ -92,7 +92,7 @@ def test_groups_and_worst_cells_are_of_the_table(found):
     groups = pd.DataFrame(facts["groups"]).set_index(["column", "split", "value"])
     men = table[(table["split"] == "train") & (table["sex"] == "m")]
     assert groups.loc[("sex", "train", "m"), "amortization_gap"] == pytest.approx(men["amortization_gap"].mean())
-    assert {"sample", "batch", "sex"} == set(groups.index.get_level_values("column"))
+    assert {"sample", "batch", "sex", "kind"} == set(groups.index.get_level_values("column"))
     assert facts["worst"][0]["amortization_gap"] == table["amortization_gap"].max()
     assert facts["latent"]["active_units"] <= MODEL.n_latent
 
@@ -100,7 +100,12 @@ def test_groups_and_worst_cells_are_of_the_table(found):
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_bounds_of_every_variant_are_in_order(cohort, tmp_path, changes):
     train_on(cohort, tmp_path, **changes)
-    table, _ = run(tmp_path, dataclasses.replace(SETTINGS, cells=30), shards=cohort)
+    table, facts = run(tmp_path, dataclasses.replace(SETTINGS, cells=30), shards=cohort)
+    if "labels" in changes:
+        known = table[(table["split"] == "validation") & table["kind"].isin(["a", "b"])]
+        assert facts["labels"]["cells"] == sum(row["cells"] for row in facts["labels"]["labels"]) == len(known)
+        assert facts["labels"]["accuracy"] == (known["predicted_label"] == known["kind"]).mean()
+        assert facts["labels"]["confidence"] == pytest.approx(known["label_probability"].mean())
     means = table[["elbo", "elbo_mean_field", "elbo_full", "log_p"]].mean()
     assert means["elbo"] < means["elbo_full"] + 0.1
     assert means["elbo_mean_field"] < means["elbo_full"] + 0.02
@@ -142,7 +147,7 @@ def test_beyond_a_limit_the_rule_warns_or_fails(cohort):
 def test_shards_of_other_genes_are_refused(cohort, tmp_path):
     x, obs = tiny_cohort.simulate(60, seed=1)
     tiny_cohort.write_samples(tmp_path, {"s0": (x[:, :20], obs)})
-    with pytest.raises(ValueError, match="its genes are not the 30 of the model"):
+    with pytest.raises(ValueError, match=r"it lacks 10 of the 30 genes of the model \(gene20, gene21"):
         run(cohort, shards=tmp_path)
 
 

@@ -55,7 +55,7 @@ def test_every_rule_says_what_it_needs():
         for directive in ("log:", "benchmark:", "conda:", "threads:", "mem_mb=", "runtime=", "code=code("):
             assert directive in body, f"rule {name} lacks {directive}"
         assert (ROOT / f"scripts/{name}.py").is_file()
-        assert ("gpu=1" in body) == (name in ("train", "gap", "embed", "differential"))
+        assert ("gpu=1" in body) == (name in ("train", "gap", "embed", "likelihood", "differential", "expression"))
         assert "retries:" not in body, "retries of a rule nest on a cluster; they belong into the profile"
 
 

@@ -20,8 +20,11 @@ MATHEMATICS = {
     "objective",
     "adam",
     "bounds",
+    "expression",
     "criticism",
     "ranks",
+    "surgery",
+    "labels",
 } | COMPILED
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

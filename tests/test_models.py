@@ -17,8 +17,13 @@ from cohortvi.inference.posteriors import Coupling, DiagonalGaussian, Flow, Full
 from cohortvi.inference.priors import GaussianMixture, VampPrior
 from cohortvi.inference.vae import CHOICES, VAE
 
-OPTIONS = CHOICES | {"encode_covariates": (False, True), "n_layers": (1, 2)}
-N_GENES, N_BATCHES, N_CATEGORIES = 40, 3, 4
+N_GENES, N_BATCHES, N_CATEGORIES, N_LABELS = 40, 3, 4, 5
+OPTIONS = CHOICES | {"encode_covariates": (False, True), "n_layers": (1, 2), "n_labels": (0, N_LABELS)}
+APART = [  # what does not go together
+    *({("n_labels", N_LABELS), ("prior", prior)} for prior in CHOICES["prior"] if prior != "mixture"),
+    *({("dispersion", "gene-label"), ("prior", prior)} for prior in CHOICES["prior"] if prior != "mixture"),
+    {("dispersion", "gene-label"), ("n_labels", 0)},
+]
 
 
 def pairwise(options: dict[str, tuple]) -> list[dict]:
@@ -28,10 +33,12 @@ def pairwise(options: dict[str, tuple]) -> list[dict]:
         frozenset(((a, x), (b, y)))
         for a, b in itertools.combinations(names, 2)
         for x, y in itertools.product(options[a], options[b])
+        if {(a, x), (b, y)} not in APART
     }
     rows = []
     while missing:
-        tried = [{name: draws.choice(options[name]) for name in names} for _ in range(200)]
+        tried = [{name: draws.choice(options[name]) for name in names} for _ in range(400)]
+        tried = [row for row in tried if not any(pair <= set(row.items()) for pair in APART)]
         best = max(tried, key=lambda row: len(missing & _pairs(row)))
         missing -= _pairs(best)
         rows.append(best)
@@ -55,18 +62,21 @@ def build(row: dict, seed: int = 0) -> VAE:
             if "norm.bias" in name or not parameter.any():
                 parameter.normal_(std=0.3)
         if isinstance(vae.prior, VampPrior):
-            vae.prior.begin(torch.from_numpy(draw_counts(4, N_GENES, 1)).float(), covariates(4, 1))
+            vae.prior.begin(torch.from_numpy(draw_counts(4, N_GENES, 1)).float(), covariates(4, 1, vae.n_labels))
         if vae.library == "latent":
             vae.library_loc_b.fill_(3.0)
             vae.library_scale_b.fill_(0.5)
     return vae
 
 
-def covariates(n_obs: int, seed: int) -> Covariates:
+def covariates(n_obs: int, seed: int, n_labels: int = 0) -> Covariates:
+    """Return random covariates, and labels if there are any, of which some cells have none."""
     generator = torch.Generator().manual_seed(seed)
     codes = (torch.randint(n, (n_obs,), generator=generator) for n in (N_BATCHES, N_CATEGORIES))
     batch_n, category_n = codes
-    return Covariates(batch_n, (category_n,), torch.randn(n_obs, 1, generator=generator))
+    continuous_nc = torch.randn(n_obs, 1, generator=generator)
+    label_n = torch.randint(-1, n_labels, (n_obs,), generator=generator) if n_labels else None
+    return Covariates(batch_n, (category_n,), continuous_nc, label_n)
 
 
 def double(known: Covariates) -> Covariates:
@@ -75,13 +85,10 @@ def double(known: Covariates) -> Covariates:
 
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
 def test_gradients_equal_finite_differences(row):
-    vae, x_ng, known = (
-        build(row).double(),
-        torch.from_numpy(draw_counts(12, N_GENES, 2)).double(),
-        double(covariates(12, 2)),
-    )
+    vae, x_ng = build(row).double(), torch.from_numpy(draw_counts(12, N_GENES, 2)).double()
+    known = double(covariates(12, 2, vae.n_labels))
     noise_nk = torch.randn(12, vae.n_dimensions, dtype=torch.float64)
-    loss = lambda: elbo(vae, x_ng, known, noise_nk, kl_weight=0.7).loss  # noqa: E731
+    loss = lambda: elbo(vae, x_ng, known, noise_nk, kl_weight=0.7, label_weight=3.0).loss  # noqa: E731
     for module in vae.modules():
         if isinstance(module, torch.nn.BatchNorm1d):
             module.momentum = 0.0  # a VampPrior's pseudo-inputs see the running statistics, which are no function here
@@ -101,13 +108,14 @@ def test_gradients_equal_finite_differences(row):
 
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
 def test_sparse_counts_in_single_precision_equal_dense_ones_in_double(row):
-    x_ng, known, results = draw_counts(64, N_GENES, 3), covariates(64, 3), []
+    x_ng, results = draw_counts(64, N_GENES, 3), []
     for dtype in (torch.float32, torch.float64):
         vae = build(row).to(dtype)
         noise_nk = torch.randn(64, vae.n_dimensions, generator=torch.Generator().manual_seed(4)).to(dtype)
         x = sparse(x_ng) if dtype == torch.float32 else torch.from_numpy(x_ng).double()
+        known = covariates(64, 3, vae.n_labels)
         told = known if dtype == torch.float32 else double(known)
-        loss = elbo(vae, x, told, noise_nk, kl_weight=0.7).loss
+        loss = elbo(vae, x, told, noise_nk, kl_weight=0.7, label_weight=3.0).loss
         loss.backward()
         results.append(
             (float(loss.detach()), {name: parameter.grad.double() for name, parameter in vae.named_parameters()})
@@ -121,7 +129,8 @@ def test_sparse_counts_in_single_precision_equal_dense_ones_in_double(row):
 
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
 def test_settings_and_weights_restore_the_model(row):
-    vae, x_ng, known = build(row).eval(), torch.from_numpy(draw_counts(9, N_GENES, 5)).float(), covariates(9, 5)
+    vae, x_ng = build(row).eval(), torch.from_numpy(draw_counts(9, N_GENES, 5)).float()
+    known = covariates(9, 5, vae.n_labels)
     again = VAE(**json.loads(json.dumps(vae.settings)))
     again.load_state_dict(vae.state_dict())
     noise_nk = torch.randn(9, vae.n_dimensions)
@@ -143,27 +152,30 @@ def mean_gradients(vae: VAE, bound, n: int) -> tuple[Tensor, Tensor]:
     return rows.mean(0), rows.std(0) / math.sqrt(n)
 
 
+@pytest.mark.parametrize("labels", [{}, {"n_labels": N_LABELS, "prior": "mixture"}], ids=["", "labelled"])
 @pytest.mark.parametrize("posterior", ["diagonal", "full", "flow"])
-def test_gradients_of_the_importance_weighted_bound_are_unbiased_and_quieter(posterior):
-    row = {name: values[0] for name, values in OPTIONS.items()} | {"posterior": posterior, "norm": "none"}
-    vae, x_ng, known = (
-        build(row).double(),
-        torch.from_numpy(draw_counts(8, N_GENES, 6)).double(),
-        double(covariates(8, 6)),
-    )
+def test_gradients_of_the_importance_weighted_bound_are_unbiased_and_quieter(posterior, labels):
+    row = {name: values[0] for name, values in OPTIONS.items()} | {"posterior": posterior, "norm": "none"} | labels
+    vae, x_ng = build(row).double(), torch.from_numpy(draw_counts(8, N_GENES, 6)).double()
+    known = double(covariates(8, 6, vae.n_labels))
 
     def plain(noise_snk: Tensor) -> Tensor:
         qz = vae.encode(x_ng, known)
         weights = []
         for noise_nk in noise_snk:
             z_nk, log_q_n = qz.draw(noise_nk)
-            weights.append(vae.log_prior(z_nk) - vae.reconstruction(x_ng, z_nk, known) - log_q_n)
+            log_p_n = vae.log_prior(z_nk, known.label_n) - vae.reconstruction(x_ng, z_nk, known)
+            if labels:
+                log_p_n = log_p_n - 2.0 * vae.label_loss(z_nk, known.label_n)
+            weights.append(log_p_n - log_q_n)
         return -(torch.stack(weights).logsumexp(0) - math.log(len(noise_snk))).mean()
 
     noise_snk = torch.randn(5, 8, vae.n_dimensions, dtype=torch.float64)
-    found = iwelbo(vae, x_ng, known, noise_snk, kl_weight=1.0)
+    found = iwelbo(vae, x_ng, known, noise_snk, kl_weight=1.0, label_weight=2.0)
     assert float(found.loss.detach()) == pytest.approx(float(plain(noise_snk).detach()), rel=1e-12)
-    doubly, error = mean_gradients(vae, lambda noise: iwelbo(vae, x_ng, known, noise, kl_weight=1.0).loss, 80)
+    doubly, error = mean_gradients(
+        vae, lambda noise: iwelbo(vae, x_ng, known, noise, kl_weight=1.0, label_weight=2.0).loss, 80
+    )
     single, other = mean_gradients(vae, plain, 80)
     away = (doubly - single).abs() / (error**2 + other**2).sqrt().clamp(min=1e-9)
     assert float((away < 4).double().mean()) > 0.995
@@ -239,7 +251,10 @@ def test_mixtures_equal_those_of_torch():
 def test_a_vamp_prior_is_the_mixture_of_its_pseudo_inputs_posteriors(posterior):
     row = {name: values[0] for name, values in OPTIONS.items()} | {"prior": "vamp", "posterior": posterior}
     vae = build(row).eval()
-    z_nk, qz = torch.randn(6, 3), vae.encode(torch.from_numpy(draw_counts(4, N_GENES, 1)).float(), covariates(4, 1))
+    z_nk, qz = (
+        torch.randn(6, 3),
+        vae.encode(torch.from_numpy(draw_counts(4, N_GENES, 1)).float(), covariates(4, 1, vae.n_labels)),
+    )
     parts = torch.stack([qz.log_prob(z.expand(4, 3)) for z in z_nk])
     expected_n = (parts + vae.prior.logits_c.log_softmax(0)).logsumexp(1)
     torch.testing.assert_close(vae.log_prior(z_nk), expected_n, atol=1e-4, rtol=1e-4)
@@ -250,7 +265,7 @@ def test_a_vamp_prior_is_the_mixture_of_its_pseudo_inputs_posteriors(posterior):
 
 def test_a_linear_decoder_is_linear_and_its_first_weights_are_loadings():
     vae = build({name: values[0] for name, values in OPTIONS.items()} | {"decoder": "linear"}).eval()
-    known = covariates(2, 0)
+    known = covariates(2, 0, vae.n_labels)
     z_nk = torch.randn(2, 3)
     logits = vae.decoder.px_scale(vae.decoder.features(z_nk, vae.told_decoder(known)))
     moved = vae.decoder.px_scale(vae.decoder.features(z_nk + torch.eye(3)[:1], vae.told_decoder(known)))
@@ -261,7 +276,7 @@ def test_a_latent_library_is_a_dimension_of_its_own():
     vae = build(
         {name: values[0] for name, values in OPTIONS.items()} | {"library": "latent", "likelihood": "poisson"}
     ).eval()
-    x_ng, known, z_nk = torch.ones(5, N_GENES), covariates(5, 0), torch.randn(5, 4)
+    x_ng, known, z_nk = torch.ones(5, N_GENES), covariates(5, 0, vae.n_labels), torch.randn(5, 4)
     rate_ng = vae.decode(z_nk, (3.0 + 0.5 * z_nk[:, 3:]).exp(), known).log_px_rate_ng
     expected_n = -distributions.Poisson(rate_ng.exp()).log_prob(x_ng).sum(1)
     torch.testing.assert_close(vae.reconstruction(x_ng, z_nk, known), expected_n)

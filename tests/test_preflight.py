@@ -10,6 +10,7 @@ import scipy.sparse as sp
 
 from cohortvi.cohort import preflight
 from cohortvi.cohort.sheet import Sample
+from cohortvi.config import Labels
 
 
 def sample(name, path, **changes):
@@ -83,3 +84,50 @@ def test_names_in_the_config_must_exist(demo_config):
     assert "models.nb.categorical_covariates: 'sexx' is unknown" in text
     assert "column 'donor' of sample 's1' is 'd'; expected a number" in text
     assert "cohort.keep_obs: 'total_counts' is also a column" in text
+
+
+def labelled(config, column: str = "cell_type"):
+    model = replace(config.models["nb"], labels=Labels(column, ("NA",), 50.0), prior="mixture")
+    return replace(config, models={"nb": model}, cohort=replace(config.cohort, keep_obs=("cell_type", "lane")))
+
+
+def test_a_file_may_be_without_the_column_of_labels_alone(demo_config, tmp_path):
+    config, samples = labelled(demo_config), []
+    for name, columns in (("s1", ["cell_type", "lane"]), ("s2", ["lane"])):
+        obs = pd.DataFrame({column: ["x"] for column in columns}, ["cell"])
+        ad.AnnData(np.ones((1, 1), np.float32), obs, pd.DataFrame(index=["a"])).write_h5ad(tmp_path / f"{name}.h5ad")
+        samples.append(sample(name, tmp_path / f"{name}.h5ad"))
+    memory = tmp_path / "memory.json"
+    preflight.check_files(config, samples, (), memory)
+    preflight.check_files(config, samples, (), memory)  # as remembered
+    with pytest.raises(ValueError, match="no sample has an obs column 'cell_type', which models"):
+        preflight.check_files(config, samples[1:], (), memory)
+    with pytest.raises(ValueError, match=r"'s2'.*has no obs column 'cell_type', which cohort.keep_obs names"):
+        preflight.check_files(labelled(demo_config, "lane"), samples, (), memory)
+
+
+def test_the_column_of_labels_must_be_kept(demo_config):
+    with pytest.raises(
+        ValueError, match=r"models\.nb\.labels\.column: 'cell_typ' is unknown; did you mean 'cell_type'"
+    ):
+        preflight.check_names(labelled(demo_config, "cell_typ"), [sample("s1", "x")])
+
+
+def test_columns_batches_and_genes_of_the_expression_must_exist(demo_config, tmp_path):
+    wanted = replace(
+        demo_config.expression, genes=("CD3E", "Cd4", "MS4A"), batches=("r2",), groups=("doner", "leiden_1")
+    )
+    config = replace(demo_config, expression=wanted)
+    path = write(tmp_path / "a.h5ad", ["CD3E", "CD3D", "MS4A1"])
+    with pytest.raises(ValueError, match="does not fit the sample sheet") as error:
+        preflight.check_names(config, [sample("s1", "x")])
+    assert "expression.groups: 'doner' is unknown; did you mean 'donor'?" in str(error.value)
+    assert "expression.batches: 'r2' is unknown; did you mean 'r'?" in str(error.value)
+    assert "leiden_1" not in str(error.value)
+    with pytest.raises(ValueError, match="the samples have faults") as error:
+        preflight.check_files(config, [sample("s1", path)], (), tmp_path / "memory.json")
+    assert "expression.genes: 'Cd4' is none of the cohort's 3; there are CD3D, CD3E, MS4A1" in str(error.value)
+    assert "expression.genes: 'MS4A' is none of the cohort's 3; did you mean 'MS4A1'" in str(error.value)
+    assert "'CD3E' is none" not in str(error.value)
+    # nothing is known yet of the genes of a cohort that the workflow has still to make
+    preflight.check_files(config, [sample("s1", "made.zarr")], ("made.zarr",), tmp_path / "memory.json")

@@ -15,7 +15,12 @@ from workflows import TINY, cohort_clone, run
 pytestmark = pytest.mark.slow
 
 N_OBS, N_VARS = 120, 60
-VALUES = TINY | {"atlas": TINY["atlas"] | {"metrics": {"truth": None}}, "report": {"color_by": []}}
+NOT_ASKED = {
+    "differential": {"comparisons": {}},
+    "expression": {"genes": [], "batches": [], "groups": []},
+    "report": {"color_by": []},
+}
+VALUES = TINY | {"atlas": TINY["atlas"] | {"metrics": {"truth": None}}} | NOT_ASKED
 
 
 def write(path: Path, change: Callable[[ad.AnnData], ad.AnnData] = lambda adata: adata) -> Path:

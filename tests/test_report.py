@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from collections import Counter
@@ -105,7 +106,7 @@ def test_ledger_shown_equals_the_file(page: Page, folder: Path) -> None:
 
 def test_every_figure_is_numbered_and_has_a_caption(page: Page) -> None:
     figures = [int(n) for n in re.findall(r"<figcaption><b>Figure (\d+)\. [^<]+</b> [^<]{40,}</figcaption>", page.html)]
-    assert figures == list(range(1, 2 + 6 * 2 + 1 + 1))
+    assert figures == list(range(1, 2 + 6 * 2 + 1 + 1 + 1))  # that of labels is of one model
     assert [attrs["id"] for tag, attrs in page.tags if attrs.get("id", "").startswith("figure-")] == [
         f"figure-{n}" for n in figures
     ]
@@ -201,12 +202,13 @@ def test_caption_says_how_many_cells_are_drawn(tmp_path: Path) -> None:
     [
         (replace(SMALL, truth=False), "What was recovered of the truth"),
         (replace(SMALL, labels=False), "ARI, cell_type"),
+        (replace(SMALL, labels=False), "Marginal likelihood"),
         (replace(SMALL, runs=1), "The effect of the batch"),
         (replace(SMALL, failed=False), "is quarantined"),
         (replace(SMALL, types=1), "Marker genes."),
         (replace(SMALL, samples=1, runs=1, failed=False, color_by=()), "is quarantined"),
     ],
-    ids=["no-truth", "no-labels", "one-batch", "no-quarantine", "one-cluster", "one-sample"],
+    ids=["no-truth", "no-labels", "no-likelihood", "one-batch", "no-quarantine", "one-cluster", "one-sample"],
 )
 def test_page_leaves_out_what_is_not_there(tmp_path: Path, fake: Fake, absent: str) -> None:
     page = build(tmp_path, fake)
@@ -312,6 +314,23 @@ def test_words_and_numbers(shown: object, expected: object) -> None:
     assert shown == expected
 
 
+def test_a_mapped_model_tells_of_its_reference_and_is_not_compared_with_others(tmp_path: Path) -> None:
+    given, config = make(tmp_path / "results", replace(SMALL, models=("nb", "mapped")))
+    path = tmp_path / "results/models/mapped/model.json"
+    facts = json.loads(path.read_text())
+    known = {"path": "references/nb", "digest": "0123456789abcdef", "surgery": False, "n_trained": 0}
+    known |= {"new": {"batch": ["run7", "run8"], "sex": ["x"]}, "validation_elbo": -617.25, "elbo_before": -499.5}
+    facts |= {"reference": known, "n_epochs": 0, "best_epoch": 0, "best_validation_elbo": -499.5}
+    path.write_text(json.dumps(facts))
+    write_report(given, config, tmp_path / "index.html")
+    page = Page.of(tmp_path / "index.html")
+    for expected in ("references/nb (0123456789abcdef)", "batch run7 and run8; sex x", "−617.25 nats per cell, of its"):
+        assert expected in page.text
+    assert "Nothing was trained" in page.text
+    assert "−499.50 (new cells)" in page.text
+    assert "Model nb reached a held-out ELBO of" in page.text
+
+
 def test_changes_shown_are_the_first_of_the_file(page: Page, folder: Path) -> None:
     table = next(rows for rows in page.tables.values() if rows and "P(change)" in rows[0])
     found = pd.read_parquet(folder / "results/models/nb/differential.parquet")
@@ -321,3 +340,11 @@ def test_changes_shown_are_the_first_of_the_file(page: Page, folder: Path) -> No
     assert [row[:4] for row in table[1:] if row[0]] == [
         ["arm", stratum, "120 / 80", f"3 of {len(found) // 2}"] for stratum in ("0", "1")
     ]
+
+
+def test_marginal_likelihoods_are_shown_by_sample_in_natural_order(page: Page, folder: Path) -> None:
+    table = next(rows for rows in page.tables.values() if rows and "log p(x), mean" in rows[0])
+    kept = pd.read_csv(folder / "results/cohort/ledger.tsv", sep="\t").set_index("sample")["kept"]
+    shown = [[name, str(n), "−612.50", "1.23", "0.057", "12.3"] for name, n in kept[kept > 0].items()]
+    assert table[1:-1] == shown
+    assert table[-1] == ["all", str(kept.sum()), "−612.50", words.DASH, "0.057", "12.3"]

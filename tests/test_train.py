@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from tiny_cohort import MODEL, VARIANTS, manifests
 
 from cohortvi.config import EarlyStopping, Model
+from cohortvi.inference import checkpoint
 from cohortvi.inference import train as training
 from cohortvi.inference.checkpoint import Checkpoints, load_model, save_model
 from cohortvi.inference.covariates import moments
@@ -278,6 +280,43 @@ def test_a_process_killed_at_random_moments_ends_with_the_same_files(cohort, tmp
         written = [path.read_bytes() for path in tmp_path.glob(f"*/{name}")]
         assert len(written) == 1 + (kills + 2) // 3
         assert len(set(written)) == 1
+
+
+def write_half(tensors: checkpoint.Tensors, path: Path) -> None:
+    whole = checkpoint.save(tensors)
+    path.with_name(f"{path.name}.partial").write_bytes(whole[: len(whole) // 2])
+
+
+KILLS = {  # what checkpoint.py calls, the file of the call instead of which the process dies, what it leaves
+    "tensors": ("_save_tensors", "step-00000020.safetensors", "step-00000020.safetensors.partial"),
+    "facts": ("write_json", "step-00000020.json", "step-00000020.safetensors"),
+    "old": ("remove", "step-00000018.safetensors", "step-00000018.safetensors"),
+}
+
+
+def killed_run(cohort: str, checkpoints: str, kill: str) -> None:
+    """Train in this process, which dies inside the writing of the checkpoint of step 20."""
+    name, file, _ = KILLS[kill]
+    real = getattr(checkpoint, name)
+
+    def killed(*given: Any) -> Any:
+        if given[-1].name == file:
+            if kill == "tensors":
+                write_half(*given)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given)
+
+    setattr(checkpoint, name, killed)
+    run(Path(cohort), Path(checkpoints), ALWAYS)
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_process_killed_while_it_writes_a_checkpoint_ends_with_the_same_bits(cohort, undisturbed, tmp_path, kill):
+    script = "import sys, test_train; test_train.killed_run(*sys.argv[1:])"
+    command = [sys.executable, "-c", script, str(cohort), str(tmp_path), kill]
+    assert subprocess.run(command, cwd=Path(__file__).parent, check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / KILLS[kill][2]).exists()
+    assert_same(run(cohort, tmp_path, ALWAYS), undisturbed)
 
 
 # checkpoints

@@ -47,11 +47,13 @@ class Golden:
         names = json.loads(str(self.arrays["scvi_names"]))
         return {name: torch.tensor(0) for name in names if name.endswith("num_batches_tracked")}
 
+    def covariates(self) -> Covariates:
+        get = {name: torch.from_numpy(self.arrays[name]) for name in ("batch", "category", "continuous")}
+        return Covariates(get["batch"], (get["category"],), get["continuous"][:, None].to(self.dtype))
+
     def elbo(self) -> Elbo:
-        get = {name: torch.from_numpy(self.arrays[name]) for name in ("x", "batch", "category", "continuous", "noise")}
-        covariates = Covariates(get["batch"], (get["category"],), get["continuous"][:, None].to(self.dtype))
-        weight = float(self.arrays["kl_weight"])
-        return elbo(self.vae, get["x"].to(self.dtype), covariates, get["noise"].to(self.dtype), kl_weight=weight)
+        x_ng, noise_nk = (torch.from_numpy(self.arrays[name]).to(self.dtype) for name in ("x", "noise"))
+        return elbo(self.vae, x_ng, self.covariates(), noise_nk, kl_weight=float(self.arrays["kl_weight"]))
 
 
 def small_vae(**changes) -> VAE:

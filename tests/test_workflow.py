@@ -4,6 +4,7 @@ import json
 import shutil
 
 import anndata as ad
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -11,7 +12,8 @@ from workflows import GATHER, planned, planned_samples, run, tiny_clone, write_s
 
 pytestmark = pytest.mark.slow
 
-CHANGES = {"differential": 1}  # of the table of all cells
+CHANGES = {"differential": 1, "expression": 1}  # of the table of all cells
+ASKED = {"likelihood": 1, **CHANGES}  # rules that the config asks for
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +53,29 @@ def test_all_stores_hold_the_same_cells_in_the_same_order(done):
     assert all(name.startswith("sample0") for name in names)
     assert list(ad.read_zarr(folder / "latent.zarr").obs_names) == names
     assert list(ad.read_zarr(folder / "atlas.zarr").obs_names) == names
-    for table in ("clusters", "layout", "cells"):
+    assert list(ad.read_zarr(folder / "expression.zarr").obs_names) == names
+    for table in ("clusters", "layout", "cells", "likelihood"):
         assert list(pd.read_parquet(folder / f"{table}.parquet").index) == names
     shards = sorted((done / "results/store/shards").glob("*.zarr"))
     shuffled = [name for shard in shards for name in ad.read_zarr(shard).obs_names]
     assert shuffled != names
     assert sorted(shuffled) == names
+
+
+def test_what_the_config_asks_for_is_written_and_told_in_the_report(done):
+    folder = done / "results/models/nb"
+    cells, store = pd.read_parquet(folder / "cells.parquet"), ad.read_zarr(folder / "expression.zarr")
+    assert list(store.var_names) == ["RPL1", "RPS2"]
+    groups = pd.read_parquet(folder / "expression.parquet").set_index(["column", "group", "gene"])
+    for column in ("donor", "leiden_0.5"):
+        expected = (
+            pd.DataFrame(store.X, columns=store.var_names).groupby(cells[column].to_numpy(), observed=True).mean()
+        )
+        np.testing.assert_allclose(groups.loc[column, "mean"].unstack()[expected.columns], expected, rtol=1e-5)
+    assert ad.read_zarr(folder / "latent.zarr").obsm["X_latent_samples"].shape == (len(cells), 2, 10)
+    found = json.loads((folder / "likelihood.json").read_text())
+    assert found["all"]["mean"] == pytest.approx(pd.read_parquet(folder / "likelihood.parquet")["log_p"].mean())
+    assert "log p(x) of the cells." in (done / "results/report/index.html").read_text()
 
 
 def test_counts_are_never_changed_on_the_way(done):
@@ -101,7 +120,7 @@ def add_sample(clone, run_name):
 def test_an_added_sample_runs_its_own_passes_and_the_gather_steps(clone):
     add_sample(clone, "run9")
     own = {"qc": 1, "extract": 1, "gene_moments": 1, "gene_fit": 1, "gene_variance": 1}
-    assert planned(clone) == {**own, **GATHER, **CHANGES, "shard": 3}
+    assert planned(clone) == {**own, **GATHER, **ASKED, "shard": 3}
     for rule in own.keys() - {"gene_fit"}:
         assert planned_samples(clone, rule) == {"sample05"}
 
@@ -115,7 +134,7 @@ def test_a_sample_added_to_a_batch_runs_the_batch_s_variances_too(clone):
         "gene_fit": 1,
         "gene_variance": 3,
         **GATHER,
-        **CHANGES,
+        **ASKED,
         "shard": 3,
     }
     assert planned_samples(clone, "gene_variance") == {"sample01", "sample02", "sample05"}
@@ -161,6 +180,10 @@ def test_reordering_the_sheet_reruns_nothing_and_a_new_column_the_tables_alone(c
         (
             lambda values: values["differential"]["comparisons"]["donor"].update(within="leiden_0.6"),
             "differential.comparisons.donor.within: 'leiden_0.6' is unknown; did you mean 'leiden_0.5'?",
+        ),
+        (
+            lambda values: values["expression"].update(batches=["run9"], groups=["doner"]),
+            "expression.batches: 'run9' is unknown; did you mean 'run",
         ),
     ],
 )
@@ -218,3 +241,33 @@ def test_samples_of_a_new_generation_leave_the_shards_that_are_there_alone(tmp_p
     assert ledger.loc["sample04", "train"] > 0
     assert json.loads((clone / "results/models/nb/model.json").read_text())["n_obs"] == ledger["train"].sum()
     assert planned(clone) == {}
+
+
+def test_new_samples_are_mapped_onto_a_frozen_model_and_old_cells_stay_in_their_places(clone):
+    add_sample(clone, "run9")
+    shutil.copytree(clone / "results/models/nb", clone / "references/nb")
+    reference = {"path": "references/nb", "surgery": True}
+    settings = yaml.safe_load((clone / "config/config.yaml").read_text())["models"]["nb"]
+    changes = {"genes": {"frozen": "references/nb/model.json", "span": 0.5, "n_top": 150}}
+    nb = {"max_epochs": 4, "n_hidden": 32}
+    mapped = settings | nb | {"reference": reference, "kl_warmup": 0}
+    change(clone, lambda values: values.update(changes | {"models": {"nb": nb, "mapped": mapped | {"n_latent": 7}}}))
+    refused = run(clone, "--dry-run", check=False)
+    assert refused.returncode != 0
+    assert "models.mapped.n_latent is 7; expected 10, as the reference has it" in refused.stdout
+    change(clone, lambda values: values["models"].update(mapped=mapped))
+    target = "results/models/mapped/latent.json"
+    run(clone, target)
+    facts = json.loads((clone / "results/models/mapped/model.json").read_text())
+    assert facts["batches"] == ["run1", "run2", "run9"]
+    assert facts["reference"]["new"] == {"batch": ["run9"]}
+    assert facts["best_validation_elbo"] >= facts["reference"]["elbo_before"]
+    old, new = (ad.read_zarr(clone / folder / "latent.zarr") for folder in ("references/nb", "results/models/mapped"))
+    assert list(new.obs_names[: old.n_obs]) == list(old.obs_names)
+    assert new.n_obs > old.n_obs
+    for name in ("X_latent", "X_latent_std"):
+        assert (new.obsm[name][: old.n_obs] == old.obsm[name]).all()
+    assert planned(clone, target) == {}
+    path = clone / "references/nb/model.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    assert planned(clone, target) == {"train": 1, "embed": 1}

@@ -8,6 +8,7 @@ OUT/undisturbed and OUT/killed then hold model.safetensors and model.json; the l
 """
 
 import argparse
+import dataclasses
 import os
 import random
 import signal
@@ -18,7 +19,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from cohortvi.config import EarlyStopping, Model, Store, Validation
+from cohortvi.config import EarlyStopping, Labels, Model, Store, Validation
 from cohortvi.files import write_json
 from cohortvi.inference.checkpoint import save_model
 from cohortvi.inference.train import fit
@@ -44,6 +45,7 @@ MODEL = Model(
     posterior="diagonal",
     prior="standard_normal",
     n_components=5,
+    labels=None,
     decoder="nonlinear",
     norm="batch",
     draws=1,
@@ -59,6 +61,7 @@ MODEL = Model(
     checkpoint_minutes=10.0,
     tensorboard=False,
     device="cpu",
+    reference=None,
 )
 
 
@@ -73,17 +76,20 @@ VARIANTS = {
     },
     "told": {"encode_covariates": True, "prior": "vamp", "coding": "embedding", "n_layers": 2, "posterior": "full"},
     "weighted": {"draws": 4, "norm": "none", "dispersion": "gene-cell", "likelihood": "zinb", "library": "latent"},
+    "labelled": {"labels": Labels("kind", ("c",), 20.0), "prior": "mixture", "dispersion": "gene-label"},
 }  # with each setting that MODEL has not
 
 
 def simulate(n_obs: int, seed: int) -> tuple[sp.csr_matrix, pd.DataFrame]:
     """Counts (n, 30) of three cell types at unequal depth, one cell without any; obs with the model's columns."""
     r = np.random.default_rng(seed)
-    fractions = np.random.default_rng(7).dirichlet(np.full(N_VARS, 0.5), 3)[r.integers(0, 3, n_obs)]
+    kind = r.integers(0, 3, n_obs)
+    fractions = np.random.default_rng(7).dirichlet(np.full(N_VARS, 0.5), 3)[kind]
     depth = 100 * np.exp(r.normal(0, 0.4, (n_obs, 1)))
     x = r.poisson(r.gamma(2.0, depth * fractions / 2)).astype(np.uint32)
     x[0] = 0
     columns = {"row": np.arange(n_obs), "sex": r.choice(["f", "m"], n_obs), "age": r.normal(50.0, 9.0, n_obs)}
+    columns["kind"] = np.array(["a", "b", "c"])[kind]
     return sp.csr_matrix(x), pd.DataFrame(columns, index=[f"cell{i}" for i in range(n_obs)])
 
 
@@ -93,11 +99,11 @@ def write_cohort(folder: Path, n_obs: int = 150) -> list[Path]:
 
 
 def write_samples(
-    folder: Path, samples: dict[str, tuple[sp.csr_matrix, pd.DataFrame]], *, shards: bool = True
+    folder: Path, samples: dict[str, tuple[sp.csr_matrix, pd.DataFrame]], *, shards: bool = True, first: int = 0
 ) -> list[Path]:
-    """Write counts stores of these samples, one batch each, and their shards; return the counts' manifests."""
+    """Write counts stores of these samples, batches run{first} and so on, and shards; return the counts' manifests."""
     counts = []
-    for i, (name, (x, obs)) in enumerate(samples.items()):
+    for i, (name, (x, obs)) in enumerate(samples.items(), first):
         manifest = folder / "counts" / f"{name}.json"
         var = pd.DataFrame(index=[f"gene{j}" for j in range(x.shape[1])])
         obs = obs.set_index(f"{name}_" + obs.index).assign(sample=name, batch=f"run{i}")
@@ -114,6 +120,15 @@ def write_samples(
 def manifests(folder: Path, split: str) -> list[Path]:
     """Return the manifests of a cohort's shards."""
     return sorted((folder / "shards").glob(f"{split}-*.json"))
+
+
+def fit_model(folder: Path, sheet: dict, **changes) -> Path:
+    """Train a model of MODEL with these changes on a cohort's shards for a few steps, and return its path."""
+    model = dataclasses.replace(MODEL, max_epochs=2, **changes)
+    splits = manifests(folder, "train"), manifests(folder, "validation")
+    vae, _, facts = fit(*splits, model, sheet=sheet, seed=0, checkpoints=folder / "checkpoints", threads=1)
+    save_model(vae, facts, folder / "model.safetensors", folder / "model.json")
+    return folder / "model.safetensors"
 
 
 def train(cohort: Path, out: Path, checkpoints: Path) -> None:

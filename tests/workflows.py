@@ -35,10 +35,12 @@ TINY = {
     "store": {"shards": 2},
     "models": {"nb": {"max_epochs": 4, "n_hidden": 32}},
     "gap": {"cells": 50, "steps": 30, "draws": 100},
-    "atlas": {"clusters": {"resolutions": [0.5], "shown": 0.5}},
+    "likelihood": {"draws": 10},
+    "atlas": {"clusters": {"resolutions": [0.5], "shown": 0.5}, "embed": {"samples": 2}},
     "differential": {
         "comparisons": {"donor": {"column": "donor", "group": "donor0", "reference": None, "within": "run"}}
     },
+    "expression": {"genes": ["RPL1", "RPS2"], "batches": ["run1"], "groups": ["donor", "leiden_0.5"], "draws": 3},
     "report": {"color_by": ["donor"]},
 }
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 from cohortvi.cohort import preflight, sections
+from cohortvi.cohort.references import reference_files
 from cohortvi.cohort.sheet import file_name, read_sheet
 from cohortvi.cohort.simulate import sample_names
 from cohortvi.config import check
@@ -33,8 +34,7 @@ try:
     made = {f"{DEMO}/{name}.zarr" for name in sample_names(CONFIG.simulate)}
     made |= {f"{KANG}/pbmc_{condition}.h5ad" for condition in ("ctrl", "stim")}
     if workflow.is_main_process:
-        preflight.check_names(CONFIG, sheet)
-        preflight.check_files(CONFIG, sheet, made, Path(".snakemake/cohortvi/inputs.json"))
+        preflight.check(CONFIG, sheet, made, Path(".snakemake/cohortvi/inputs.json"))
 except ValueError as error:
     raise WorkflowError(str(error)) from None
 

@@ -1,4 +1,5 @@
-"""Write scvi-MODEL.npz: what scvi-tools 1.4.2 makes of fixed weights, counts and noise, in float64.
+"""Write scvi-MODEL.npz: what scvi-tools 1.4.2 makes of fixed weights, counts and noise, in float64; and
+use-MODEL.npz: what users of the same model are told of the same cells, in float32.
 
     python -m venv peers && peers/bin/pip install torch==2.13.0 scvi-tools==1.4.2
     peers/bin/python tests/golden/make_scvi_golden.py
@@ -9,6 +10,10 @@ Weights and inputs are rounded to float32 before they are used, so that they are
 scvi-tools'. Each file holds: settings (JSON), versions (JSON), x, batch, category, continuous, noise, kl_weight,
 weight/NAME, and for the training mode: loss, reconstruction, kl, grad/NAME, after/NAME (running batch statistics);
 for the evaluation mode: eval_loss, eval_reconstruction, eval_kl; and scvi_names, the names of its whole state_dict.
+
+The second kind holds noise, (draws, cells, k), of which z is made, and of SCVI.get_normalized_expression each draw's
+fractions, (draws, cells, genes), as of the cells' own batches, `own`, of batch 1, `one`, and on average over batches 0
+and 2, `mean`; and of SCVI.get_marginal_ll the cells' values, `marginal`.
 """
 
 import json
@@ -17,7 +22,9 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
+import anndata as ad
 import numpy as np
+import pandas as pd
 import torch
 
 warnings.filterwarnings("ignore")  # of scvi-tools' own imports
@@ -26,7 +33,7 @@ import scvi  # noqa: E402
 from scvi.module import VAE  # noqa: E402
 
 CELLS, GENES, BATCHES, CATEGORIES, HIDDEN, LATENT = 24, 30, 3, 4, 8, 4
-KL_WEIGHT = 0.37
+KL_WEIGHT, DRAWS = 0.37, 3
 MODELS = {
     "nb-gene": {"likelihood": "nb", "dispersion": "gene", "n_layers": 1, "encode_covariates": False},
     "nb-gene-batch": {"likelihood": "nb", "dispersion": "gene-batch", "n_layers": 2, "encode_covariates": False},
@@ -117,6 +124,48 @@ def golden(settings: dict, seed: int) -> dict[str, np.ndarray]:
     return out | {name: np.array(value) for name, value in text.items()} | {"kl_weight": np.array(KL_WEIGHT)}
 
 
+def make_model(settings: dict, given: dict[str, np.ndarray]) -> scvi.model.SCVI:
+    """An scvi-tools model of these cells with these weights."""
+    text = {name: [str(code) for code in given[name]] for name in ("batch", "category")}
+    obs = pd.DataFrame(text | {"continuous": given["continuous"]}, index=[f"cell{i}" for i in range(CELLS)])
+    adata = ad.AnnData(given["x"], obs=obs)
+    covariates = {"categorical_covariate_keys": ["category"], "continuous_covariate_keys": ["continuous"]}
+    scvi.model.SCVI.setup_anndata(adata, batch_key="batch", **covariates)
+    model = scvi.model.SCVI(
+        adata,
+        n_hidden=HIDDEN,
+        n_latent=LATENT,
+        n_layers=settings["n_layers"],
+        dispersion=settings["dispersion"],
+        gene_likelihood=settings["likelihood"],
+        encode_covariates=settings["encode_covariates"],
+    )
+    weights = {k.removeprefix("weight/"): torch.from_numpy(v) for k, v in given.items() if k.startswith("weight/")}
+    left = model.module.load_state_dict(weights, strict=False)
+    assert not left.unexpected_keys
+    model.module.eval()
+    model.is_trained_ = True
+    return model
+
+
+def use(settings: dict, given: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    model = make_model(settings, given)
+    noise = np.random.default_rng([seed, 1]).normal(size=(DRAWS, CELLS, LATENT)).astype(np.float32)
+
+    def draw(loc: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return loc + scale * torch.from_numpy(noise)
+
+    found = {"noise": noise}
+    with mock.patch("torch.normal", draw):
+        for name, batches in (("own", None), ("one", ["1"]), ("mean", ["0", "2"])):
+            wanted = {"transform_batch": batches, "n_samples": DRAWS, "return_mean": False}
+            found[name] = model.get_normalized_expression(**wanted)
+        marginal = model.get_marginal_ll(n_mc_samples=DRAWS, n_mc_samples_per_pass=DRAWS, return_mean=False)
+    return found | {"marginal": np.asarray(marginal)}
+
+
 if __name__ == "__main__":
     for seed, (name, settings) in enumerate(MODELS.items()):
-        np.savez_compressed(Path(__file__).with_name(f"scvi-{name}.npz"), **golden(settings, seed))
+        found = golden(settings, seed)
+        np.savez_compressed(Path(__file__).with_name(f"scvi-{name}.npz"), **found)
+        np.savez_compressed(Path(__file__).with_name(f"use-{name}.npz"), **use(settings, found, seed))

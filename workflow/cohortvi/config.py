@@ -91,6 +91,19 @@ class EarlyStopping:
 
 
 @dataclass(frozen=True)
+class Labels:
+    column: str
+    unknown: tuple[str, ...]
+    weight: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    path: str
+    surgery: bool
+
+
+@dataclass(frozen=True)
 class Model:
     likelihood: str
     dispersion: str
@@ -107,6 +120,7 @@ class Model:
     posterior: str
     prior: str
     n_components: int
+    labels: Labels | None
     decoder: str
     norm: str
     draws: int
@@ -122,6 +136,7 @@ class Model:
     checkpoint_minutes: float
     tensorboard: bool
     device: str
+    reference: Reference | None
 
 
 @dataclass(frozen=True)
@@ -147,6 +162,11 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Likelihood:
+    draws: int | None
+
+
+@dataclass(frozen=True)
 class Comparison:
     column: str
     group: str
@@ -162,6 +182,15 @@ class Differential:
     pairs: int
     delta: float
     fdr: float
+
+
+@dataclass(frozen=True)
+class Expression:
+    genes: tuple[str, ...]
+    batches: tuple[str, ...]
+    groups: tuple[str, ...]
+    draws: int
+    library: float
 
 
 @dataclass(frozen=True)
@@ -191,6 +220,7 @@ class Metrics:
 class Embed:
     refine_above: float | None
     steps: int
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -239,8 +269,10 @@ class Config:
     store: Store
     models: dict[str, Model]
     gap: Gap
+    likelihood: Likelihood
     atlas: Atlas
     differential: Differential
+    expression: Expression
     report: Report
     simulate: Simulate
 
@@ -260,6 +292,8 @@ def _convert(hint: Any, value: Any) -> Any:
     if is_dataclass(hint):
         return build(hint, value)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType and is_dataclass(arguments[0]):
+        return None if value is None else build(arguments[0], value)
     if origin is tuple:
         return tuple(value)
     if origin is dict and is_dataclass(arguments[1]):

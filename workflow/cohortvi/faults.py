@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jsonschema
@@ -57,15 +57,29 @@ def _expected(error: jsonschema.ValidationError) -> str:
     return words.get(error.validator, lambda: error.message)()
 
 
+def hint(name: str, known: Collection[str], most: int = 1) -> str:
+    """Return the names nearest to one that is unknown, or some of those that there are."""
+    near = difflib.get_close_matches(name, known, n=most)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return f"there are {', '.join(sorted(known)[:12])}{' ...' if len(known) > 12 else ''}"
+
+
 def cross_faults(config: dict[str, Any]) -> Iterator[str]:
     """Yield what no schema can tell: values of a config, each right by itself, that do not go together."""
     clusters = config["atlas"]["clusters"]
     if clusters["shown"] not in clusters["resolutions"]:
         expected = f"expected one of atlas.clusters.resolutions {clusters['resolutions']}"
         yield f"atlas.clusters.shown: found {clusters['shown']}; {expected}"
-    both = sorted(set(config["genes"]["always"]) & set(config["genes"]["never"]))
-    if both:
-        yield f"genes.always and genes.never both hold {', '.join(both[:5])}; expected each gene in one of them at most"
+    for where, names in (
+        ("genes.always", config["genes"]["always"]),
+        ("expression.genes", config["expression"]["genes"]),
+    ):
+        both = sorted(set(names) & set(config["genes"]["never"]))
+        if both:
+            yield f"{where} and genes.never both hold {', '.join(both[:5])}; expected each gene in one of them at most"
+    for name, model in config["models"].items():
+        yield from _label_faults(f"models.{name}", model)
     metrics = {"n_genes_by_counts", "total_counts", *(f"pct_counts_{name}" for name in config["qc"]["gene_sets"])}
     for where, names in [
         ("qc.thresholds", config["qc"]["thresholds"]),
@@ -76,3 +90,15 @@ def cross_faults(config: dict[str, Any]) -> Iterator[str]:
             yield f"{where}.{name}: no such metric; " + (
                 f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(metrics))}"
             )
+
+
+def _label_faults(where: str, model: dict[str, Any]) -> Iterator[str]:
+    labels = model["labels"]
+    if labels is None:
+        if model["dispersion"] == "gene-label":
+            yield f"{where}.dispersion: found gene-label and no labels; expected another one, or {where}.labels"
+        return
+    if model["prior"] != "mixture":
+        yield f"{where}.prior: found {model['prior']} beside labels; expected mixture, with a component for each label"
+    if labels["column"] in model["categorical_covariates"]:
+        yield f"{where}.labels.column: {labels['column']!r} is a covariate too; expected it in one of them"

@@ -7,13 +7,15 @@ NAME removes it.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 
 @contextmanager
@@ -61,6 +63,20 @@ def write_table(table: pd.DataFrame, path: str | Path) -> None:
 def read_table(path: str | Path) -> pd.DataFrame:
     """Read a parquet table."""
     return pd.read_parquet(path)
+
+
+def write_tables(tables: Iterable[pd.DataFrame], path: str | Path) -> None:
+    """Write tables of the same columns, one after the other, as one; no more than one of them is in memory."""
+    with replacing(path) as partial, ExitStack() as stack:
+        writer = None
+        for table in map(pa.Table.from_pandas, tables):
+            writer = writer or stack.enter_context(pq.ParquetWriter(partial, table.schema))
+            writer.write_table(table)
+
+
+def read_columns(path: str | Path, columns: Sequence[str]) -> pd.DataFrame:
+    """Return columns of a parquet table without its index, which names every cell."""
+    return pq.read_table(path, columns=list(columns)).to_pandas().reset_index(drop=True)
 
 
 class Tables(Mapping[str, pd.DataFrame]):

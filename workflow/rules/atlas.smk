@@ -184,6 +184,37 @@ rule differential:
         "../../scripts/differential.py"
 
 
+rule expression:
+    input:
+        model="results/models/{model}/model.safetensors",
+        facts="results/models/{model}/model.json",
+        counts=of_samples("results/store/counts/{sample}.json"),
+        cells="results/models/{model}/cells.parquet" if CONFIG.expression.groups else [],
+    output:
+        manifest="results/models/{model}/expression.json",
+        store=directory("results/models/{model}/expression.zarr"),
+        groups="results/models/{model}/expression.parquet",
+    log:
+        "logs/expression/{model}.log",
+    benchmark:
+        "benchmarks/out/expression/{model}.tsv"
+    conda:
+        "../../envs/gpu.yaml"
+    threads: 2
+    resources:
+        mem_mb=memory(3000),
+        runtime=minutes(24 * 60),
+        gpu=1,
+    params:
+        config=config["expression"],
+        chunk_cells=config["cohort"]["chunk_cells"],
+        covariates=lambda wildcards: sections.sheet_covariates(CONFIG.models[wildcards.model], sheet),
+        seed=config["seed"],
+        code=code("expression"),
+    script:
+        "../../scripts/expression.py"
+
+
 rule atlas:
     input:
         counts=of_samples("results/store/counts/{sample}.json"),

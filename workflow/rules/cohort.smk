@@ -1,4 +1,7 @@
 # What comes in: raw counts, quality control, gene selection, and the account of every cell.
+from cohortvi.cohort.selection import read_list
+
+FROZEN = digest(read_list(CONFIG.genes.frozen)) if CONFIG.genes.frozen else None
 
 
 rule simulate:
@@ -146,7 +149,6 @@ rule select_genes:
             "results/cohort/genes/fits/{batch}.parquet",
             batch=sorted(MEMBERS),
         ),
-        frozen=CONFIG.genes.frozen or [],
     output:
         genes="results/cohort/genes.parquet",
     log:
@@ -162,6 +164,8 @@ rule select_genes:
     params:
         config=config["genes"],
         join=config["cohort"]["join"],
+        # The list, not its file as an input: a model.json may change otherwise.
+        frozen=FROZEN,
         batches=BATCHES,
         code=code("select_genes"),
     script:

@@ -8,6 +8,7 @@ rule train:
     input:
         train=SHARDS_OF["train"],
         validation=SHARDS_OF["validation"],
+        reference=lambda wildcards: reference_files(CONFIG.models[wildcards.model]),
     output:
         model="results/models/{model}/model.safetensors",
         facts="results/models/{model}/model.json",
@@ -86,8 +87,38 @@ rule embed:
         gpu=1,
     params:
         config=config["atlas"]["embed"],
+        seed=config["seed"],
         chunk_cells=config["cohort"]["chunk_cells"],
         covariates=lambda wildcards: sections.sheet_covariates(CONFIG.models[wildcards.model], sheet),
         code=code("embed"),
     script:
         "../../scripts/embed.py"
+
+
+rule likelihood:
+    input:
+        model="results/models/{model}/model.safetensors",
+        facts="results/models/{model}/model.json",
+        counts=of_samples("results/store/counts/{sample}.json"),
+    output:
+        cells="results/models/{model}/likelihood.parquet",
+        facts="results/models/{model}/likelihood.json",
+    log:
+        "logs/likelihood/{model}.log",
+    benchmark:
+        "benchmarks/out/likelihood/{model}.tsv"
+    conda:
+        "../../envs/gpu.yaml"
+    threads: 2
+    resources:
+        mem_mb=memory(3000),
+        runtime=minutes(24 * 60),
+        gpu=1,
+    params:
+        config=config["likelihood"],
+        chunk_cells=config["cohort"]["chunk_cells"],
+        covariates=lambda wildcards: sections.sheet_covariates(CONFIG.models[wildcards.model], sheet),
+        seed=config["seed"],
+        code=code("likelihood"),
+    script:
+        "../../scripts/likelihood.py"

@@ -25,6 +25,7 @@ rule report:
                 "markers.parquet",
                 "metrics.json",
                 *(["differential.parquet"] if CONFIG.differential.comparisons else []),
+                *(["likelihood.json"] if CONFIG.likelihood.draws else []),
             ],
         ),
     output:

@@ -60,7 +60,7 @@ rule shard:
         number=lambda wildcards: up_to(GENERATIONS, wildcards.split, wildcards.shard)[-1]
         .shards[wildcards.split]
         .index(f"{wildcards.split}-{wildcards.shard}"),
-        frozen=digest(Path(CONFIG.genes.frozen).read_bytes()) if CONFIG.genes.frozen else None,
+        frozen=FROZEN,
         seed=config["seed"],
         code=code("shard"),
     script:

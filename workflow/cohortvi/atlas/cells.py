@@ -13,15 +13,15 @@ from cohortvi.store.sharded import ShardedCounts
 
 
 def cell_table(
-    counts: Sequence[Path], sheet: Mapping[str, Mapping[str, str]], clusters: pd.DataFrame, layout: pd.DataFrame
+    counts: Sequence[Path], sheet: Mapping[str, Mapping[str, str]], tables: Mapping[str, pd.DataFrame]
 ) -> pd.DataFrame:
-    """Return a row per cell: the stores' obs, the sheet's columns (categorical), clusters and layout.
+    """Return a row per cell: the stores' obs, the sheet's columns (categorical), and the columns of `tables`.
 
-    `counts`: manifests, in order; `sheet`: {sample: {column: value}}. Errors: ValueError if the cells of clusters or
-    layout are not those of the stores, in the same order.
+    `counts`: manifests, in order; `sheet`: {sample: {column: value}}; `tables`: by their names, for errors. Errors:
+    ValueError if the cells of a table are not those of the stores, in the same order.
     """
     cells = pd.concat([open_counts(path).obs for path in counts])
-    for name, table in (("clusters", clusters), ("layout", layout)):
+    for name, table in tables.items():
         if not cells.index.equals(table.index):
             raise ValueError(
                 f"{name}: {len(table)} cells that are not the {len(cells)} of the counts stores in their order; "
@@ -34,7 +34,7 @@ def cell_table(
         cells[column] = cells[column].astype("category")
     for column in ("sample", "batch"):
         cells[column] = cells[column].astype(str).astype("category")
-    return cells.join(clusters).join(layout)
+    return pd.concat([cells, *tables.values()], axis=1)
 
 
 def count_blocks(

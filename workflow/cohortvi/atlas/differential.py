@@ -14,8 +14,7 @@ import torch
 
 from cohortvi.atlas.pseudobulk import MIN_CELLS, pseudobulk
 from cohortvi.config import Comparison, Differential
-from cohortvi.inference.checkpoint import load_model
-from cohortvi.inference.covariates import Columns, Sheet
+from cohortvi.inference.covariates import Sheet
 from cohortvi.inference.differential import (
     Population,
     changes,
@@ -25,13 +24,12 @@ from cohortvi.inference.differential import (
     pair_cells,
 )
 from cohortvi.inference.networks import Covariates, observed_library
-from cohortvi.inference.prepare import DIFFERENTIAL, choose_device, seed_torch
-from cohortvi.inference.reading import check_genes, covariates_of
+from cohortvi.inference.prepare import DIFFERENTIAL, seed_torch
+from cohortvi.inference.reading import Source, covariates_of
 from cohortvi.inference.sparse import Counts, dense
 from cohortvi.inference.subset import counts_of, shares
 from cohortvi.log import logger
 from cohortvi.store.counts import CountsReader
-from cohortvi.store.opening import open_counts
 
 TOGETHER = 256  # cells whose posteriors are drawn together
 RARE = 0.05  # UMI in a cell of median library, below which expression is taken for none
@@ -98,20 +96,19 @@ def differential(
     `counts`: manifests, whose cells in order are the rows of `cells`. p_change, fdr and is_changed: by the model;
     lfc: of `group` over `reference`, log2. Errors: ValueError as `contrasts`, and for a model of other genes or values.
     """
-    torch.set_num_threads(threads)
-    source = _Source(model, counts, sheet)
-    if len(cells) != source.starts[-1]:
+    source = Source(model, counts, sheet=sheet, threads=threads)
+    if len(cells) != source.n_obs:
         raise ValueError(
-            f"cells: found {len(cells)}; expected the {source.starts[-1]} of the counts. Make cells.parquet again"
+            f"cells: found {len(cells)}; expected the {source.n_obs} of the counts. Make cells.parquet again"
         )
-    found = list(contrasts(cells, settings.comparisons))
+    found, readers = list(contrasts(cells, settings.comparisons)), list(source.stores())
     samples = cells["sample"].astype(str).to_numpy()
     genes = pd.Index(source.facts["genes"])
     replicates = cells[settings.replicate].astype(str).to_numpy() if found else np.empty(0)
     groups = [contrast[2:] for contrast in found]
     bulk = pseudobulk([Path(path) for path in counts], genes, groups, replicates, chunk_cells)
     parts = [
-        _table(source, contrast, samples, settings, (seed, DIFFERENTIAL, number)).assign(**sums)
+        _table(source, readers, contrast, samples, settings, (seed, DIFFERENTIAL, number)).assign(**sums)
         for number, (contrast, sums) in enumerate(zip(found, bulk, strict=True))
     ]
     ordered = [part.sort_values("p_change", ascending=False, kind="stable") for part in parts]
@@ -119,12 +116,17 @@ def differential(
 
 
 def _table(
-    source: "_Source", contrast: Contrast, samples: np.ndarray, settings: Differential, stream: tuple[int, int, int]
+    source: Source,
+    readers: Sequence[CountsReader],
+    contrast: Contrast,
+    samples: np.ndarray,
+    settings: Differential,
+    stream: tuple[int, int, int],
 ) -> pd.DataFrame:
     """Return what the model says of a contrast, in the order of its genes; random numbers follow from `stream`."""
     generator = np.random.default_rng(stream)
     seed_torch(*stream)
-    drawn = [source.draw(_choose(rows, samples, settings.cells, generator)) for rows in contrast[2:]]
+    drawn = [_draw(source, readers, _choose(rows, samples, settings.cells, generator)) for rows in contrast[2:]]
     batches = [population.covariates.batch_n.cpu().numpy() for population, _ in drawn]
     *pairs, shared = pair_cells(*batches, settings.pairs, generator)
     name = f"{contrast.comparison}, {contrast.stratum}"
@@ -155,36 +157,27 @@ def _table(
     return pd.DataFrame(columns)
 
 
-class _Source:
-    """A model and the counts stores of its cells."""
+def _draw(source: Source, readers: Sequence[CountsReader], rows: np.ndarray) -> tuple[Population, np.ndarray]:
+    """Return posterior draws of the cells with these numbers, ascending, and their UMI over the model's genes."""
+    parts, libraries, first = [], [], 0
+    for reader in readers:
+        here = rows[(rows >= first) & (rows < first + reader.n_obs)] - first
+        first += reader.n_obs
+        told = covariates_of(reader, source.columns, source.sheet) if len(here) else {}
+        for start in range(0, len(here), TOGETHER):
+            x, covariates = _read(source, reader, here[start : start + TOGETHER], told)
+            parts.append(draw_population(source.vae, x, covariates))
+            libraries.append(observed_library(x)[:, 0].cpu().numpy())
+    return join_populations(parts), np.concatenate(libraries)
 
-    def __init__(self, model: str | Path, counts: Sequence[str | Path], sheet: Sheet):
-        vae, self.facts = load_model(model)
-        self.device = choose_device(self.facts["settings"]["device"])
-        self.vae = vae.to(self.device).requires_grad_(requires_grad=False)
-        self.columns, self.sheet = Columns.from_facts(self.facts), sheet
-        self.readers = [open_counts(path, self.facts["genes"]) for path in counts]
-        for reader in self.readers:
-            check_genes(reader, self.facts["genes"])
-        self.starts = np.concatenate([[0], np.cumsum([reader.n_obs for reader in self.readers])])
 
-    def draw(self, rows: np.ndarray) -> tuple[Population, np.ndarray]:
-        """Return posterior draws of the cells with these numbers, ascending, and their UMI over the model's genes."""
-        parts, libraries = [], []
-        for at, reader in enumerate(self.readers):
-            here = rows[(rows >= self.starts[at]) & (rows < self.starts[at + 1])] - self.starts[at]
-            told = covariates_of(reader, self.columns, self.sheet) if len(here) else {}
-            for start in range(0, len(here), TOGETHER):
-                x, covariates = self._read(reader, here[start : start + TOGETHER], told)
-                parts.append(draw_population(self.vae, x, covariates))
-                libraries.append(observed_library(x)[:, 0].cpu().numpy())
-        return join_populations(parts), np.concatenate(libraries)
-
-    def _read(self, reader: CountsReader, rows: np.ndarray, told: dict[str, np.ndarray]) -> tuple[Counts, Covariates]:
-        x = counts_of([reader.read(row, row + 1) for row in rows.tolist()], len(self.facts["genes"]))
-        values = {name: torch.from_numpy(column[rows]) for name, column in told.items()}
-        covariates = self.columns.covariates(values, self.device)
-        return (x if self.device.type == "cpu" else dense(x, torch.float32).to(self.device)), covariates
+def _read(
+    source: Source, reader: CountsReader, rows: np.ndarray, told: dict[str, np.ndarray]
+) -> tuple[Counts, Covariates]:
+    x = counts_of([reader.read(row, row + 1) for row in rows.tolist()], len(source.facts["genes"]))
+    values = {name: torch.from_numpy(column[rows]) for name, column in told.items()}
+    covariates = source.columns.covariates(values, source.device)
+    return (x if source.device.type == "cpu" else dense(x, torch.float32).to(source.device)), covariates
 
 
 def _choose(rows: np.ndarray, samples: np.ndarray, most: int, generator: np.random.Generator) -> np.ndarray:

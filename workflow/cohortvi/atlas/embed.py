@@ -1,42 +1,32 @@
 """Where every cell of the cohort lies in a model's latent space: latent.zarr.
 
-A valid AnnData without genes: obs holds the cells' names and samples in the order of the counts stores, obsm
-`X_latent` the posterior means and `X_latent_std` the posterior standard deviations, float32. Cells are taken in the
-order of the stores and written a shard of cells at a time, so memory does not grow with the cohort.
+A store of cells (atlas/cell_store.py) without genes: obsm `X_latent` holds the posterior means, `X_latent_std` the
+posterior standard deviations, `X_latent_samples`, if the config asks for any, draws from the posterior, (n, s, k), and
+`X_label`, of a model with labels, their probabilities, in the order of uns/labels.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
 import zarr
-from zarr.codecs import BloscCodec
-from zarr.core.dtype import VariableLengthUTF8
 
+from cohortvi.atlas.cell_store import Block, write_cells
 from cohortvi.config import Embed
-from cohortvi.files import read_json, replacing
-from cohortvi.inference.checkpoint import load_model
-from cohortvi.inference.covariates import Columns, Sheet
-from cohortvi.inference.networks import Covariates
-from cohortvi.inference.posteriors import DiagonalGaussian
-from cohortvi.inference.prepare import choose_device, on_device, output_for, seed_torch
-from cohortvi.inference.reading import check_genes, covariates_of
+from cohortvi.files import read_json
+from cohortvi.inference.covariates import Sheet
+from cohortvi.inference.labels import label_probabilities
+from cohortvi.inference.posteriors import DiagonalGaussian, Posterior
+from cohortvi.inference.prepare import EMBED, seed_torch
+from cohortvi.inference.reading import Chunk, Source
 from cohortvi.inference.refinement import Refined, refined
-from cohortvi.inference.sparse import Counts
-from cohortvi.inference.vae import VAE
 from cohortvi.store.counts import CountsReader
 from cohortvi.store.layout import quiet
-from cohortvi.store.loader import Loader
-from cohortvi.store.opening import open_counts
-from cohortvi.store.sharded import ShardedCounts
 
-SHARD_CELLS = 131_072  # cells a file
-CHUNK_CELLS = 8_192  # cells decoded together
+LABEL = "obsm/X_label"
 MOMENT_DRAWS = 128  # of which a posterior without closed moments has them, the same draws for all cells
 
 
@@ -47,15 +37,6 @@ class Latent(NamedTuple):
     names: pd.Index
     mean_nk: np.ndarray
     std_nk: np.ndarray
-
-
-class Cells(NamedTuple):
-    """Consecutive cells: names (n,), the code of their sample (n,), posterior mean and standard deviation (n, k)."""
-
-    names: np.ndarray
-    samples: np.ndarray
-    loc_nk: np.ndarray
-    scale_nk: np.ndarray
 
 
 class Changes:
@@ -83,32 +64,31 @@ def embed(
     settings: Embed,
     *,
     sheet: Sheet,
+    seed: int,
     chunk_cells: int,
     threads: int,
 ) -> dict[str, Any]:
     """Write the store `out` for the cells of the counts stores with these manifests, in order; return its manifest.
 
-    `sheet`: as `fit` takes it; `chunk_cells`: cells encoded together. The manifest holds n_obs, n_latent, cells by
-    sample, how many were refined and what that changed, and a digest of names, means and standard deviations.
-    Errors: ValueError if a store has other genes than the model, or, for a model that encodes covariates or refines, a
-    value that it was not trained on.
+    `sheet`: as `fit` takes it; `seed`: of the samples; `chunk_cells`: cells encoded together. The manifest holds n_obs,
+    n_latent, cells by sample, how many were refined and what that changed, and a digest of all that is written. Errors:
+    ValueError if a store has other genes than the model, or, for a model that encodes covariates or refines, a value
+    that it was not trained on.
     """
-    torch.set_num_threads(threads)
-    vae, facts = load_model(model)
-    encoder = _Encoder(vae, Columns.from_facts(facts), sheet, choose_device(facts["settings"]["device"]), settings)
-    readers = [open_counts(path, facts["genes"]) for path in counts]
-    for reader in readers:
-        check_genes(reader, facts["genes"])
-    samples = {sample: n for reader in readers for sample, n in reader.manifest["samples"].items()}
-    manifest = {"n_obs": sum(samples.values()), "n_latent": vae.n_latent, "samples": samples}
-    with replacing(out) as partial, quiet(), ad.settings.override(auto_shard_zarr_v3=True):
-        root = _create(partial, list(samples), manifest["n_obs"], vae.n_latent)
-        cells = (block for code, reader in enumerate(readers) for block in encoder.encode(reader, code, chunk_cells))
-        manifest["content"] = _write(root, cells)
-        manifest["refined"] = encoder.changes.facts()
-        root.attrs["manifest"] = manifest
-        zarr.consolidate_metadata(partial)
-    return manifest
+    source = Source(model, counts, sheet=sheet, threads=threads)
+    encoder, n_latent = _Encoder(source, settings, seed), source.vae.n_latent
+    shapes = {"obsm/X_latent": (n_latent,), "obsm/X_latent_std": (n_latent,)}
+    shapes |= {"obsm/X_latent_samples": (settings.samples, n_latent)} if settings.samples else {}
+    labels = source.columns.labels
+    shapes |= {LABEL: (len(labels),)} if labels else {}
+    stores = enumerate(source.stores())
+    cells = (block for code, reader in stores for block in encoder.encode(reader, code, chunk_cells))
+
+    def facts() -> dict[str, Any]:
+        return {"n_latent": n_latent, "refined": encoder.changes.facts()}
+
+    uns = {"labels": np.array(labels, dtype=object)} if labels else None
+    return write_cells(out, source.samples, shapes, cells, facts, uns=uns)
 
 
 def open_latent(manifest: str | Path) -> Latent:
@@ -122,104 +102,65 @@ def open_latent(manifest: str | Path) -> Latent:
         return Latent(facts, pd.Index(root["obs/_index"][:]), obsm["X_latent"][:], obsm["X_latent_std"][:])
 
 
+def predicted_labels(manifest: str | Path) -> pd.DataFrame:
+    """Return the likeliest label of every cell and its probability, a chunk at a time; no column without labels.
+
+    Columns: predicted_label (categorical), label_probability; index: the cells' names.
+    """
+    root = zarr.open_group(Path(manifest).with_suffix(".zarr"), mode="r")
+    cells = pd.DataFrame(index=pd.Index(root["obs/_index"][:]))
+    if LABEL not in root:
+        return cells
+    labels, array = list(root["uns/labels"][:]), root[LABEL]
+    code_n, probability_n = np.empty(len(cells), np.int64), np.empty(len(cells), np.float32)
+    for start in range(0, len(cells), array.shards[0]):
+        here = slice(start, start + array.shards[0])
+        part_nl = array[here]
+        code_n[here], probability_n[here] = part_nl.argmax(1), part_nl.max(1)
+    return cells.assign(predicted_label=pd.Categorical.from_codes(code_n, labels), label_probability=probability_n)
+
+
 class _Encoder:
     """A model that encodes the cells of counts stores, told their covariates if it asks for them."""
 
-    def __init__(self, vae: VAE, columns: Columns, sheet: Sheet, device: torch.device, settings: Embed):
-        self.vae, self.columns, self.sheet, self.device = vae.to(device), columns, sheet, device
-        self.settings, self.changes = settings, Changes()
-        vae.requires_grad_(requires_grad=False)
-        noise_snk = torch.randn(MOMENT_DRAWS, 1, vae.n_dimensions, generator=torch.Generator().manual_seed(0))
-        self.noise_snk = noise_snk.to(device)
+    def __init__(self, source: Source, settings: Embed, seed: int):
+        self.source, self.vae, self.settings, self.seed = source, source.vae, settings, seed
+        self.changes = Changes()
+        noise_snk = torch.randn(MOMENT_DRAWS, 1, self.vae.n_dimensions, generator=torch.Generator().manual_seed(0))
+        self.noise_snk = noise_snk.to(source.device)
 
     @torch.no_grad()
-    def encode(self, reader: CountsReader, code: int, chunk_cells: int) -> Iterator[Cells]:
+    def encode(self, reader: CountsReader, code: int, chunk_cells: int) -> Iterator[Block]:
         """Yield the cells of a store, in order, as those of the sample with this code."""
         names = reader.obs.index.to_numpy(dtype=object)
+        # An encoder that is not told the covariates gives new batches a place, too: their code is not looked at.
         is_told = self.vae.encode_covariates or self.settings.refine_above is not None
-        values = covariates_of(reader, self.columns, self.sheet) if is_told and reader.n_obs else {}
-        store = ShardedCounts([reader])
-        for x, _, rows in Loader(store, batch_size=chunk_cells, seed=0, shuffle=False, output=output_for(self.device)):
-            start, stop = rows[0], rows[-1] + 1
-            here = {name: torch.from_numpy(column[start:stop]) for name, column in values.items()}
-            # An encoder that is not told the covariates gives new batches a place, too: their code is not looked at.
-            unknown = Covariates(torch.zeros(len(rows), dtype=torch.int64, device=self.device))
-            known = self.columns.covariates(here, self.device) if here else unknown
-            counts = on_device(x, self.device)
-            moments = self.vae.encode(counts, known).moments(self.noise_snk)
+        for chunk in self.source.chunks(reader, chunk_cells, is_told=is_told):
+            qz = self.vae.encode(chunk.x, chunk.covariates)
+            loc_nk, scale_nk = qz.moments(self.noise_snk)
+            own_m = torch.empty(0, dtype=torch.int64, device=self.vae.device)  # cells with a posterior of their own
             if self.settings.refine_above is not None:
-                moments = self._refine(counts, known, DiagonalGaussian(*moments), (code, start))
-            loc_nk, scale_nk = (value[:, : self.vae.n_latent].cpu().numpy() for value in moments)
-            yield Cells(names[start:stop], np.full(stop - start, code), loc_nk, scale_nk)
+                start = DiagonalGaussian(loc_nk, scale_nk)
+                loc_nk, scale_nk, own_m, *_ = self._refine(chunk, start, (code, chunk.start))
+            values = [loc_nk, scale_nk]
+            if self.settings.samples:
+                noise_snk = self.source.noise(reader, chunk, self.settings.samples, (self.seed, EMBED))
+                values.append(_samples(qz, DiagonalGaussian(loc_nk, scale_nk), own_m, noise_snk))
+            values = [value[..., : self.vae.n_latent] for value in values]
+            if self.vae.n_labels:
+                of_own = label_probabilities(self.vae, DiagonalGaussian(loc_nk[own_m], scale_nk[own_m]))
+                values.append(label_probabilities(self.vae, qz).index_copy(0, own_m, of_own))
+            found = tuple(value.cpu().numpy() for value in values)
+            yield Block(names[chunk.start : chunk.stop], np.full(chunk.stop - chunk.start, code), found)
 
-    def _refine(
-        self, x: Counts, known: Covariates, start: DiagonalGaussian, where: tuple[int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _refine(self, chunk: Chunk, start: DiagonalGaussian, where: tuple[int, int]) -> Refined:
         seed_torch(0, *where)
-        found = refined(self.vae, x, known, start, self.settings.refine_above, self.settings.steps)
+        found = refined(self.vae, chunk.x, chunk.covariates, start, self.settings.refine_above, self.settings.steps)
         self.changes.add(found)
-        return found.loc_nk, found.scale_nk
+        return found
 
 
-def _create(path: Path, samples: list[str], n_obs: int, n_latent: int) -> zarr.Group:
-    """Create the store with room for all cells."""
-    root = zarr.open_group(path, mode="w", zarr_format=3)
-    root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-    ad.io.write_elem(root, "var", pd.DataFrame(index=pd.Index([], dtype=object)))
-    frame = {"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index", "column-order": ["sample"]}
-    obs = root.create_group("obs", attributes=frame)
-    _create_array(obs, "_index", (n_obs,), VariableLengthUTF8())
-    column = {"encoding-type": "categorical", "encoding-version": "0.2.0", "ordered": False}
-    sample = obs.create_group("sample", attributes=column)
-    ad.io.write_elem(sample, "categories", np.array(samples, dtype=object))
-    _create_array(sample, "codes", (n_obs,), np.dtype("int32"))
-    obsm = root.create_group("obsm", attributes={"encoding-type": "dict", "encoding-version": "0.1.0"})
-    for name in ("X_latent", "X_latent_std"):
-        _create_array(obsm, name, (n_obs, n_latent), np.dtype("float32"))
-    return root
-
-
-def _create_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: np.dtype | VariableLengthUTF8) -> None:
-    is_text = isinstance(dtype, VariableLengthUTF8)
-    chunk = min(max(shape[0], 1), CHUNK_CELLS)
-    whole = min(-(-max(shape[0], 1) // chunk) * chunk, SHARD_CELLS)
-    group.create_array(
-        name,
-        shape=shape,
-        dtype=dtype,
-        chunks=(chunk, *shape[1:]),
-        shards=(whole, *shape[1:]),
-        compressors=[BloscCodec(cname="zstd", clevel=3, shuffle="noshuffle" if is_text else "shuffle")],
-        attributes={"encoding-type": "string-array" if is_text else "array", "encoding-version": "0.2.0"},
-    )
-
-
-def _write(root: zarr.Group, cells: Iterator[Cells]) -> str:
-    """Write cells in order and return their digest; whole shards, for a part of one would be read and written again."""
-    arrays = Cells(root["obs/_index"], root["obs/sample/codes"], root["obsm/X_latent"], root["obsm/X_latent_std"])
-    sha, start = hashlib.sha256(), 0
-    for part in _in_shards(cells):
-        for array, values in zip(arrays, part, strict=True):
-            array[start : start + len(values)] = values
-        start += len(part.names)
-        sha.update("\0".join([*part.names, ""]).encode())
-        for values in (part.loc_nk, part.scale_nk):
-            sha.update(np.ascontiguousarray(values, dtype="<f4"))
-    return sha.hexdigest()[:16]
-
-
-def _in_shards(cells: Iterator[Cells]) -> Iterator[Cells]:
-    """Yield the same cells, SHARD_CELLS at a time; the last are as many as are left."""
-    waiting: list[Cells] = []
-    for block in cells:
-        waiting.append(block)
-        while sum(len(part.names) for part in waiting) >= SHARD_CELLS:
-            joined = _join(waiting)
-            yield Cells(*(values[:SHARD_CELLS] for values in joined))
-            waiting = [Cells(*(values[SHARD_CELLS:] for values in joined))]
-    if sum(len(part.names) for part in waiting):
-        yield _join(waiting)
-
-
-def _join(parts: list[Cells]) -> Cells:
-    return Cells(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+def _samples(qz: Posterior, own: DiagonalGaussian, own_m: torch.Tensor, noise_snk: torch.Tensor) -> torch.Tensor:
+    """Return draws of every cell's posterior, (n, s, k): that of the encoder, or `own` of the cells numbered own_m."""
+    z_snk, _ = qz.draw(noise_snk)
+    return z_snk.index_copy(1, own_m, own.sample(noise_snk)[:, own_m]).transpose(0, 1)

@@ -62,22 +62,23 @@ def batch_effects(
     """Return the log fold change of each gene between the first and the last batch: as decoded and as simulated.
 
     `latent_nk` (n, k): the first EFFECT_CELLS of them are decoded as if of either batch; `batches`: the model's;
-    `effects`: mean log effect (g,) of each batch on the model's genes. None if the model knows one batch, or further
-    covariates, whose effects could not be told apart.
+    `effects`: mean log effect (g,) of each of the cohort's on the model's genes. None if the model knows one of them,
+    or further covariates, whose effects could not be told apart.
     """
-    if len(batches) < 2 or vae.settings["n_categories"] or vae.settings["n_continuous"]:
+    here = [batch for batch in batches if batch in effects]  # a reference may know others
+    if len(here) < 2 or vae.settings["n_categories"] or vae.settings["n_continuous"]:
         return None
     z_nk = torch.as_tensor(latent_nk[:EFFECT_CELLS])
     logs = []
-    for code in (0, len(batches) - 1):
+    for code in (batches.index(here[0]), batches.index(here[-1])):
         covariates = Covariates(torch.full((len(z_nk),), code), (), None)
         with torch.inference_mode():
             logs.append(vae.decode(z_nk, torch.ones(len(z_nk), 1), covariates).log_px_rate_ng.double().mean(0).numpy())
-    true, estimated = effects[batches[-1]] - effects[batches[0]], logs[1] - logs[0]
+    true, estimated = effects[here[-1]] - effects[here[0]], logs[1] - logs[0]
     # The shares of a cell sum to one, so a shift common to all genes is no effect.
     true, estimated = true - true.mean(), estimated - estimated.mean()
     return {
-        "batches": [batches[0], batches[-1]],
+        "batches": [here[0], here[-1]],
         "correlation": float(np.corrcoef(true, estimated)[0, 1]),
         "true": true.tolist(),
         "estimated": estimated.tolist(),

@@ -4,7 +4,7 @@ What has passed here holds: cells and genes have unique names, every count that 
 to 2^32 - 1, and its value is that of the file. `open_raw` reads metadata only; no more than one chunk of rows is held.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from uuid import uuid4
@@ -31,7 +31,8 @@ class Raw:
 
     obs: index = barcode, columns = keep_obs as text. var: index = gene, column `symbol`. row: the row of each cell in
     the file (n,), int64, ascending. counts: (n, g) in row chunks, each block a scipy.sparse.csr_matrix with sorted
-    indices and the file's own values, unchecked. layers: those that the file has.
+    indices and the file's own values, unchecked. layers: those that the file has. lacking: columns of obs that the file
+    has not, all of whose values are missing ones.
     """
 
     sample: Sample
@@ -40,19 +41,29 @@ class Raw:
     row: np.ndarray
     counts: da.Array
     layers: tuple[str, ...]
+    lacking: tuple[str, ...]
 
 
-def open_raw(sample: Sample, *, gene_key: str, symbols: str | None, keep_obs: Sequence[str], chunk_cells: int) -> Raw:
+def open_raw(
+    sample: Sample,
+    *,
+    gene_key: str,
+    symbols: str | None,
+    keep_obs: Sequence[str],
+    chunk_cells: int,
+    may_lack: Collection[str] = (),
+) -> Raw:
     """Open the raw counts of a sample, reading no count.
 
     gene_key: `var_names`, or the column of var that names the genes. symbols: the column that `symbol` is filled from;
-    None: the file's own gene names. keep_obs: the columns of the file's obs to keep. chunk_cells: cells held at a time.
+    None: the file's own gene names. keep_obs: columns of the file's obs to keep; may_lack: those it may be without.
+    chunk_cells: cells held at a time.
     Errors: ValueError for every fault that the file's metadata can tell.
     """
     wanted = dict.fromkeys([name for name, _ in sample.select] + list(keep_obs))
     contents = describe(sample, list(wanted), chunk_cells)
     _check_obs_columns(sample, contents, [name for name, _ in sample.select], "select")
-    _check_obs_columns(sample, contents, keep_obs, "cohort.keep_obs")
+    _check_obs_columns(sample, contents, [name for name in keep_obs if name not in may_lack], "cohort.keep_obs")
     if not len(contents.obs_names) or not len(contents.var):
         raise _empty(sample, contents)
     row = _selected(sample, contents)
@@ -63,11 +74,14 @@ def open_raw(sample: Sample, *, gene_key: str, symbols: str | None, keep_obs: Se
     symbol = _gene_names(sample, contents, symbols or INDEX, "qc.symbols")
     return Raw(
         sample=sample,
-        obs=pd.DataFrame({name: contents.obs[name][row] for name in keep_obs}, index=names),
+        obs=pd.DataFrame(
+            {name: contents.obs[name][row] if name in contents.obs else MISSING for name in keep_obs}, names
+        ),
         var=pd.DataFrame({"symbol": symbol}, index=genes),
         row=row,
         counts=_row_chunks(contents, row, chunk_cells),
         layers=contents.layers,
+        lacking=tuple(name for name in keep_obs if name not in contents.obs),
     )
 
 

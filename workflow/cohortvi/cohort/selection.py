@@ -13,6 +13,7 @@ import pandas as pd
 from cohortvi.cohort.genes import batch_variance, merge_moments
 from cohortvi.cohort.sections import by_batch
 from cohortvi.config import Genes
+from cohortvi.files import read_json
 
 SHOWN = 4  # samples listed in a message
 
@@ -102,7 +103,18 @@ def _symbols(tables: Iterable[pd.Series]) -> pd.Series:
 
 
 def read_list(path: str | Path) -> list[str]:
-    """Return the genes of a text file, one a line; empty lines and lines that begin with # do not count."""
+    """Return the genes of a model's facts (a file .json), or of a text file, one a line.
+
+    There, empty lines and lines that begin with # do not count.
+    Errors: ValueError for a file of JSON that holds no facts of a model.
+    """
+    if Path(path).suffix == ".json":
+        facts = read_json(path)
+        if not isinstance(facts, dict) or "genes" not in facts:
+            raise ValueError(
+                f"{path}: no list of genes; expected a text file of one a line, or model.json as rule train writes it"
+            )
+        return facts["genes"]
     lines = (line.strip() for line in Path(path).read_text().splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 

@@ -3,7 +3,7 @@
 The same numbers as torch.optim.Adam(fused=True), whose bookkeeping takes as long as a small step itself.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,22 @@ BETAS = 0.9, 0.999  # decay of the moments
 class Adam:
     """Moments of named parameters, and the step that takes their gradients. All on one device, of one type."""
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, eps: float):
-        self.names, self.parameters = zip(*named, strict=True)
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        *,
+        weight_decay: float,
+        eps: float,
+        only: Mapping[str, Tensor] | None = None,
+    ):
+        """`only`: of the parameters of these names, the entries that move, bool; all others keep their values."""
+        given = dict(named)
+        self.names, self.parameters = tuple(given), tuple(given.values())
+        still = {name: ~moves.to(given[name].device) for name, moves in (only or {}).items()}
+        self.still = [(given[name], fixed, given[name].detach().clone()) for name, fixed in still.items()]
         self.first = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.second = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.count = torch.zeros((), device=self.first[0].device)
+        self.count = torch.zeros((), device=self.first[0].device if self.first else None)
         self.weight_decay, self.eps = weight_decay, eps
 
     def zero_grad(self) -> None:
@@ -33,6 +44,8 @@ class Adam:
         `clip`: the most that the norm of all gradients may be; longer ones are shortened to it (Pascanu, Mikolov,
         Bengio 2013, algorithm 1).
         """
+        for parameter, fixed, _ in self.still:
+            parameter.grad.masked_fill_(fixed, 0.0)
         self.count += 1
         grads = [parameter.grad for parameter in self.parameters]
         excess = None
@@ -54,6 +67,8 @@ class Adam:
             maximize=False,
             grad_scale=excess,
         )
+        for parameter, fixed, values in self.still:
+            parameter.copy_(torch.where(fixed, values, parameter))  # weight decay has moved them
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all of its state, by parameter: NAME.exp_avg, NAME.exp_avg_sq; and `step`."""

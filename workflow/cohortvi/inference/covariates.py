@@ -30,6 +30,7 @@ class Columns:
     batches: tuple[str, ...]
     categories: dict[str, tuple[str, ...]]
     continuous: dict[str, tuple[float, float]]  # mean and standard deviation over the training cells
+    labels: tuple[str, ...] = ()  # what cells may be, in the order of the prior's components; not a covariate
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -59,12 +60,38 @@ class Columns:
                 tables[name] = torch.tensor([number(values, name, sample) for sample in samples])
         return tables
 
+    def recode(self, stores: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+        """Return the code here of each code of the stores' columns, whose categories these are, where they differ.
+
+        Errors: ValueError for a category that the model does not know.
+        """
+        found: dict[str, Tensor] = {}
+        for name, known in {BATCH: self.batches, **self.categories}.items():
+            values = stores.get(name, known)
+            if tuple(values) != known:
+                codes = {value: code for code, value in enumerate(known)}
+                new = [value for value in values if value not in codes]
+                if new:
+                    raise ValueError(
+                        f"{name} {', '.join(map(repr, new))} of the shards is not among the model's "
+                        f"{', '.join(known)}; expected the shards that it was trained on. Train the model again."
+                    )
+                found[name] = torch.tensor([codes[value] for value in values])
+        return found
+
+    def beside(self, known: "Columns") -> dict[str, list[str]]:
+        """Return the values of each column that `known`, whose values are the first of these, does not have."""
+        found = {BATCH: list(self.batches[len(known.batches) :])}
+        found |= {name: list(values[len(known.categories[name]) :]) for name, values in self.categories.items()}
+        return {name: values for name, values in found.items() if values}
+
     def facts(self) -> dict[str, Any]:
         """Return what `from_facts` restores, JSON-able."""
         return {
             "batches": list(self.batches),
             "categories": {name: list(values) for name, values in self.categories.items()},
             "continuous": {name: list(moments) for name, moments in self.continuous.items()},
+            "labels": list(self.labels),
         }
 
     @classmethod
@@ -74,6 +101,7 @@ class Columns:
             tuple(facts["batches"]),
             {name: tuple(values) for name, values in sorted(facts["categories"].items())},
             {name: (mean, std) for name, (mean, std) in sorted(facts["continuous"].items())},
+            tuple(facts["labels"]),
         )
 
 

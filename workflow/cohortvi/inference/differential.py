@@ -111,7 +111,7 @@ def _fractions(vae: VAE, cells: Population, generator: np.random.Generator) -> T
     """Return rho of a random draw of each cell, (m, g)."""
     n, r, _ = cells.z_nrk.shape
     z_nk = cells.z_nrk[torch.arange(n), torch.from_numpy(generator.integers(r, size=n))]
-    return vae.decode(z_nk, torch.ones(n, 1, device=vae.device), cells.covariates).log_px_rate_ng.exp()
+    return vae.px_scale(z_nk, cells.covariates)
 
 
 def expected_fdr(p_g: np.ndarray) -> np.ndarray:

@@ -20,14 +20,16 @@ from cohortvi.inference.bounds import importance, log_weights, refine
 from cohortvi.inference.checkpoint import load_model
 from cohortvi.inference.covariates import SAMPLE, Columns, Sheet
 from cohortvi.inference.criticism import Statistics, by_batch, calibration_ranks, coverage, replicates, statistics
-from cohortvi.inference.gap_summary import summary
+from cohortvi.inference.device import choose_device
+from cohortvi.inference.gap_summary import label_summary, summary
+from cohortvi.inference.labels import label_probabilities
 from cohortvi.inference.posteriors import DiagonalGaussian
-from cohortvi.inference.prepare import GAP, choose_device, seed_torch
+from cohortvi.inference.prepare import GAP, seed_torch
+from cohortvi.inference.reading import open_shards
 from cohortvi.inference.subset import Cells, draw_cells, names_of, read_cells, to_device
 from cohortvi.inference.vae import VAE
 from cohortvi.progress import Progress
 from cohortvi.store.names import SPLITS
-from cohortvi.store.sharded import ShardedCounts
 
 TOGETHER = 512  # cells that are fitted together
 DRAWS = (1, 10, 100, 1000)  # of which importance-weighted bounds are told
@@ -61,33 +63,36 @@ def gap(
     `shards`: manifests by split; `counts`: those of the samples, which hold the cells' names; `sheet`: as for `fit`.
     Columns: cell, split, sample, row and the other columns of obs; n_counts; elbo, elbo_mean_field, elbo_full,
     log_p_encoder, log_p and its Monte Carlo error; the three gaps; effective sample size and Pareto k-hat of both
-    proposals. Errors: ValueError for shards that the model was not trained on, and beyond a limit that is to fail.
+    proposals; of a model with labels predicted_label, label_probability. Errors: ValueError for shards that the model
+    was not trained on, and beyond a limit that is to fail.
     """
     torch.set_num_threads(threads)
     vae, facts = load_model(model)
     device = choose_device(facts["settings"]["device"])
     vae.to(device).requires_grad_(requires_grad=False)  # the decoder is fixed
     columns = Columns.from_facts(facts)
-    tables, found = [], {}
+    tables, bounds = [], {}
     for split in SPLITS:
-        store = ShardedCounts(shards[split])
-        _check_genes(store, facts["genes"])
+        store = open_shards(shards[split], facts["genes"])
         cells = read_cells(store, draw_cells(store, settings.cells, seed), columns, sheet)
-        bounds = _bounds(vae, cells, settings, seed, device)
+        bounds[split] = _bounds(vae, cells, settings, seed, device)
         if split == "validation":
             criticism = _criticism(vae, to_device(cells, device), columns, seed)
         obs = cells.obs.assign(cell=names_of(cells.obs, counts), split=split, n_counts=cells.x.library_n.numpy())
-        tables.append(obs.assign(**{name: value.cpu().numpy() for name, value in bounds.columns.items()}))
-        found[split] = bounds
+        if columns.labels:
+            obs = obs.assign(**_labels(vae, to_device(cells, device), columns.labels))
+        tables.append(obs.assign(**{name: value.cpu().numpy() for name, value in bounds[split].columns.items()}))
     table = pd.concat(tables, ignore_index=True)
     first = ["cell", "split", SAMPLE, "row"]
     table = table[[*first, *(name for name in table if name not in first)]]
-    curves = [row for split, bounds in found.items() for row in _curve(split, bounds, settings.draws)]
-    held_out = found["validation"]
+    curves = [row for split, found in bounds.items() for row in _curve(split, found, settings.draws)]
+    held_out = bounds["validation"]
     latent = {"kl": held_out.kl_nk.mean(0).tolist(), "variance": held_out.loc_nk.var(0, correction=0).tolist()}
-    facts = summary(table, curves, latent, settings) | criticism
-    _check_limits(facts["limits"])
-    return table, facts
+    found = summary(table, curves, latent, settings) | criticism
+    if columns.labels:
+        found["labels"] = label_summary(table, facts["settings"]["labels"]["column"], columns.labels)
+    _check_limits(found["limits"])
+    return table, found
 
 
 def _bounds(vae: VAE, cells: Cells, settings: Gap, seed: int, device: torch.device) -> Bounds:
@@ -134,6 +139,14 @@ def _bounds_of(vae: VAE, cells: Cells, settings: Gap, seed: int, first: int) -> 
     }
     by_draws = [torch.stack([importance(w, k).bound_n for k in _told(settings.draws)], 1) for w in weights[::2]]
     return Bounds(columns, *by_draws, start.loc_nk, start.kl_by_dimension())
+
+
+@torch.no_grad()
+def _labels(vae: VAE, cells: Cells, labels: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the likeliest label of each cell and its probability."""
+    probabilities_nl = label_probabilities(vae, vae.encode(cells.x, cells.covariates)).cpu()
+    probability_n, code_n = probabilities_nl.max(1)
+    return {"predicted_label": np.array(labels, object)[code_n.numpy()], "label_probability": probability_n.numpy()}
 
 
 def _criticism(vae: VAE, cells: Cells, columns: Columns, seed: int) -> dict[str, Any]:
@@ -185,12 +198,4 @@ def _curve(split: str, bounds: Bounds, draws: int) -> Iterator[dict[str, Any]]:
         yield from (
             {"split": split, "proposal": proposal, "draws": k, "bound": mean}
             for k, mean in zip(_told(draws), means, strict=True)
-        )
-
-
-def _check_genes(store: ShardedCounts, genes: list[str]) -> None:
-    if list(store.var_names) != genes:
-        raise ValueError(
-            f"{store.stores[0].path}: its genes are not the {len(genes)} of the model; expected the shards that it was "
-            "trained on. Train the model again."
         )

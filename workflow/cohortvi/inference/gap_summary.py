@@ -1,13 +1,14 @@
 """What the gaps of single cells say in sum: of held-out and training cells, of samples, batches and kept columns."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
 
 from cohortvi.config import Gap, Limit
 from cohortvi.inference.covariates import SAMPLE
+from cohortvi.inference.labels import calibration
 from cohortvi.log import logger
 
 BOUNDS = ("elbo", "elbo_mean_field", "elbo_full", "log_p_encoder", "log_p")
@@ -46,6 +47,24 @@ def summary(
         "unreliable_share": held_out["unreliable_share"],
     }
     return found | {"limits": [_judge(name, value, getattr(settings.limits, name)) for name, value in values.items()]}
+
+
+def label_summary(table: pd.DataFrame, column: str, labels: Sequence[str]) -> dict[str, Any]:
+    """Return how the predictions agree with the labels of the held-out cells that have one, which were not trained on.
+
+    `labels` of what is returned: for each, cells that have it, cells predicted to, and cells of which both are true.
+    With the fields of a Calibration where there are such cells.
+    """
+    known = table[(table["split"] == "validation") & table[column].isin(labels)]
+    is_right = known["predicted_label"] == known[column]
+    found = {"column": column, "cells": len(known), "labels": []}
+    for label in labels:
+        is_here = known[column] == label
+        row = {"label": label, "cells": int(is_here.sum()), "predicted": int((known["predicted_label"] == label).sum())}
+        found["labels"].append(row | {"found": int((is_here & is_right).sum())})
+    if len(known):
+        found |= calibration(known["label_probability"].to_numpy(), is_right.to_numpy())._asdict()
+    return found
 
 
 def _of_cells(cells: pd.DataFrame) -> dict[str, Any]:

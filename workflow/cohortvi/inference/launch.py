@@ -20,6 +20,7 @@ from cohortvi import log
 from cohortvi.config import Model, build
 from cohortvi.files import read_json, write_json, write_table
 from cohortvi.inference.checkpoint import forget_other_runs, run_folder, save_model
+from cohortvi.inference.mapping import content
 from cohortvi.inference.train import fit
 
 PATIENCE = 60.0  # seconds that ranks have to end by themselves after one has failed
@@ -46,7 +47,9 @@ class Job:
     def folder(self) -> Path:
         """Where the checkpoints lie: a folder for all that decides the run."""
         shards = [read_json(path)["content"] for path in (*self.train, *self.validation)]
-        return run_folder(self.checkpoints, self.config, self.sheet, self.seed, self.code, shards)
+        reference = build(Model, self.config).reference
+        known = None if reference is None else content(reference)
+        return run_folder(self.checkpoints, self.config, self.sheet, self.seed, self.code, shards, known)
 
 
 def train(job: Job, *, ranks: int, nodes: int) -> None:

@@ -5,6 +5,7 @@ The architecture is scvi-tools': hidden layers of Linear - BatchNorm - ReLU - Dr
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,18 +27,19 @@ class Covariates(NamedTuple):
     batch_n: Tensor  # int64 code of the batch
     categories: tuple[Tensor, ...] = ()  # int64 codes, one (n,) for each categorical covariate
     continuous_nc: Tensor | None = None  # standardised; None where the model has none
+    label_n: Tensor | None = None  # int64 code of the label, -1 where it is not known; None: of no cell
 
     def take(self, rows: Tensor | slice) -> "Covariates":
         """Return those of some cells."""
-        continuous_nc = None if self.continuous_nc is None else self.continuous_nc[rows]
-        return Covariates(self.batch_n[rows], tuple(code_n[rows] for code_n in self.categories), continuous_nc)
+        return self._each(lambda values: values[rows])
 
     def to(self, device: torch.device) -> "Covariates":
         """Return the same on a device."""
-        continuous_nc = None if self.continuous_nc is None else self.continuous_nc.to(device)
-        return Covariates(
-            self.batch_n.to(device), tuple(code_n.to(device) for code_n in self.categories), continuous_nc
-        )
+        return self._each(lambda values: values.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Covariates":
+        continuous_nc, label_n = (None if part is None else change(part) for part in (self.continuous_nc, self.label_n))
+        return Covariates(change(self.batch_n), tuple(map(change, self.categories)), continuous_nc, label_n)
 
 
 class CountsLinear(nn.Module):

@@ -3,7 +3,9 @@
     ELBO   = E_q[log p(x|z)] - KL(q(z|x) || p(z))
     ELBO_K = E_q[log 1/K sum_k w_k],  w = p(x|z) p(z) / q(z|x)       Burda, Grosse, Salakhutdinov 2016, equation 8
 
-The KL weight beta of the warm-up stands before log p(z) - log q(z|x) in either.
+The KL weight beta of the warm-up stands before log p(z) - log q(z|x) in either. For a cell of known label y, p(x, y)
+takes the place of p(x): p(z, y) that of p(z), and p(x|z) p(y|z)^alpha that of p(x|z), which makes the posterior tell
+labels apart (Kingma, Mohamed, Rezende, Welling 2014, equation 9); alpha is `label_weight`.
 """
 
 import math
@@ -37,7 +39,9 @@ class Elbo(NamedTuple):
         return -(self.reconstruction_n + self.kl_n)
 
 
-def elbo(vae: VAE, x: Counts, covariates: Covariates, noise_nk: Tensor, *, kl_weight: float) -> Elbo:
+def elbo(
+    vae: VAE, x: Counts, covariates: Covariates, noise_nk: Tensor, *, kl_weight: float, label_weight: float = 0
+) -> Elbo:
     """Return the negative ELBO of a minibatch with its terms; counts (n, g), standard normal noise (n, k).
 
     The noise is an argument, so that the bound is a deterministic, differentiable function of model, data and noise.
@@ -47,12 +51,17 @@ def elbo(vae: VAE, x: Counts, covariates: Covariates, noise_nk: Tensor, *, kl_we
         z_nk, kl_n = qz.sample(noise_nk), qz.kl_to_standard_normal()
     else:
         z_nk, log_q_n = qz.draw(noise_nk)
-        kl_n = log_q_n - vae.log_prior(z_nk)
+        kl_n = log_q_n - vae.log_prior(z_nk, covariates.label_n)
     reconstruction_n = vae.reconstruction(x, z_nk, covariates)
-    return Elbo(reconstruction_n + kl_weight * kl_n, reconstruction_n, kl_n)
+    loss_n = reconstruction_n + kl_weight * kl_n
+    if covariates.label_n is not None:
+        loss_n = loss_n + label_weight * vae.label_loss(z_nk, covariates.label_n)
+    return Elbo(loss_n, reconstruction_n, kl_n)
 
 
-def iwelbo(vae: VAE, x: Counts, covariates: Covariates, noise_snk: Tensor, *, kl_weight: float) -> Elbo:
+def iwelbo(
+    vae: VAE, x: Counts, covariates: Covariates, noise_snk: Tensor, *, kl_weight: float, label_weight: float = 0
+) -> Elbo:
     """Return the negative importance-weighted ELBO of a minibatch over s draws a cell; noise (s, n, k).
 
     Gradients are doubly reparametrised (Tucker, Lawson, Gu, Maddison 2019, equations 8 and 11): the parameters of q in
@@ -65,8 +74,10 @@ def iwelbo(vae: VAE, x: Counts, covariates: Covariates, noise_snk: Tensor, *, kl
         if z_nk.requires_grad:
             z_nk.register_hook(partial(_weigh, shares, k))
         reconstructions.append(vae.reconstruction(x, z_nk, covariates))
-        kls.append(qz.stopped_log_prob(z_nk) - vae.log_prior(z_nk))
+        kls.append(qz.stopped_log_prob(z_nk) - vae.log_prior(z_nk, covariates.label_n))
         log_weights.append(-reconstructions[-1] - kl_weight * kls[-1])
+        if covariates.label_n is not None:
+            log_weights[-1] = log_weights[-1] - label_weight * vae.label_loss(z_nk, covariates.label_n)
     log_weights_sn = torch.stack(log_weights)
     shares.extend(log_weights_sn.detach().softmax(0))
     bound_n = log_weights_sn.detach().logsumexp(0) - math.log(len(noise_snk))

@@ -1,4 +1,4 @@
-"""What a training run starts from: its stores, its covariates, its untrained model and its optimiser.
+"""What a training run starts from: its stores, its covariates, its model, untrained or its reference's, its optimiser.
 
 On exit the stores fit together, hold cells to train on and cells to validate on, and the model has their genes and
 categories.
@@ -9,21 +9,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
-from cohortvi.config import Model
+from cohortvi.config import Labels, Model
 from cohortvi.files import digest, read_json
 from cohortvi.inference import ranks
 from cohortvi.inference.adam import Adam
 from cohortvi.inference.covariates import BATCH, SAMPLE, Columns, Sheet, moments, number
-from cohortvi.inference.networks import Covariates, observed_library
+from cohortvi.inference.device import choose_device, output_for
+from cohortvi.inference.library import library_moments
+from cohortvi.inference.mapping import Task, map_onto, open_reference
+from cohortvi.inference.networks import Covariates
 from cohortvi.inference.priors import VampPrior
+from cohortvi.inference.reading import open_shards
 from cohortvi.inference.run import Run
-from cohortvi.inference.sparse import Counts, dense, sparse_counts
+from cohortvi.inference.sparse import dense
 from cohortvi.inference.subset import draw_cells, read_cells
 from cohortvi.inference.vae import VAE
-from cohortvi.store import batches
 from cohortvi.store.loader import Loader
 from cohortvi.store.sharded import ShardedCounts
 
@@ -31,9 +35,10 @@ from cohortvi.store.sharded import ShardedCounts
 # of rarely counted genes, which are mostly noise. Held-out ELBO on Kang et al. (2,000 genes, batch 128, 40 epochs),
 # seeds 0 and 1: -437.67 and -437.00 with 0.01; -437.84 and -437.31 with 1e-8, which fits the training cells closer.
 ADAM_EPS = 0.01
-MIN_LIBRARY_VARIANCE = 1e-4  # of the log libraries of a batch
+LEAST_LABELS = 2
 EVALUATED_CELLS = 1024  # cells at a time in validation
-INIT, TRAINING, VALIDATION, GAP, DIFFERENTIAL = range(5)  # uses of random numbers, each with its own stream
+# Uses of random numbers, each with its own stream.
+INIT, TRAINING, VALIDATION, GAP, DIFFERENTIAL, EMBED, EXPRESSION, LIKELIHOOD = range(8)
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,10 @@ class Setup:
     columns: Columns
     tables: dict[str, Tensor]  # covariates of the sheet, for each category of `sample`
     device: torch.device
-    planned: int  # steps of max_epochs epochs
+    planned: int  # steps of max_epochs epochs; 0 if nothing is trained
     shards: str  # digest of the manifests
+    codes: dict[str, Tensor]  # of the stores' own, for each column of which the model has others
+    task: Task
 
     @property
     def key(self) -> str:
@@ -56,12 +63,16 @@ class Setup:
         passing = ("checkpoint_minutes", "device", "tensorboard")
         settings = {name: value for name, value in asdict(self.model).items() if name not in passing}
         tables = {name: table.tolist() for name, table in self.tables.items()}
-        return digest(settings, self.seed, self.shards, self.columns.facts(), tables)
+        return digest(settings, self.seed, self.shards, self.columns.facts(), tables, self.task.facts)
 
     def covariates(self, obs: dict[str, Tensor]) -> Covariates:
         """Return the covariates of a minibatch with these columns of obs."""
+        own = {name: codes[obs[name]] for name, codes in self.codes.items()}
         of_sheet = {name: table[obs[SAMPLE]] for name, table in self.tables.items()}
-        return self.columns.covariates(obs | of_sheet, self.device)
+        covariates = self.columns.covariates(obs | own | of_sheet, self.device)
+        if self.model.labels is None:
+            return covariates
+        return covariates._replace(label_n=own[self.model.labels.column].to(self.device))
 
 
 def prepare(
@@ -73,26 +84,46 @@ def prepare(
     that is not there, and for covariates that are missing, of the wrong kind or constant.
     """
     device = choose_device(model.device)
-    stores = ShardedCounts(train), ShardedCounts(validation)
+    known = open_reference(model)
+    stores = [
+        open_shards(paths, known.facts["genes"]) if known else ShardedCounts(paths) for paths in (train, validation)
+    ]
     _check_sizes(*stores, model)
-    columns = learn_columns(stores[0], model, sheet)
+    columns = learn_columns(stores[0], model, sheet, known.columns if known else Columns((), {}, {}))
     tables = columns.sheet_tables(sheet, stores[0].categories[SAMPLE])
     names = [name for name in columns.names if name not in tables] + ([SAMPLE] if tables else [])
+    codes = columns.recode({name: stores[0].categories[name] for name in names if name in stores[0].categories})
+    if model.labels:
+        names.append(model.labels.column)
+        known_labels = pd.Index(columns.labels)
+        codes[model.labels.column] = torch.from_numpy(known_labels.get_indexer(stores[0].categories[names[-1]]))
     _check_match(*stores, names)
     common = {"seed": seed, "columns": names, "output": output_for(device), "threads": threads}
     common |= {"rank": ranks.rank(), "world": ranks.world()}
-    loader = Loader(stores[0], batch_size=model.batch_size, **common)
-    held_out = Loader(stores[1], batch_size=EVALUATED_CELLS, shuffle=False, **common)
     shards = digest([read_json(path) for path in (*train, *validation)])
     seed_torch(seed, INIT, 0)
     vae = build(stores[0], model, columns)
-    start(vae, stores[0], columns, sheet, seed=seed, threads=threads)
-    vae.to(device)
+    task = Task(stores[0].n_obs)
+    if known is None:
+        start(vae, stores[0], columns, sheet, seed=seed, threads=threads)
+    else:
+        task = map_onto(known, model.reference, vae, columns, stores, sheet, threads=threads)
+    loader = Loader(stores[0], batch_size=model.batch_size, where=task.where if task.n_obs else None, **common)
+    held_out = Loader(stores[1], batch_size=EVALUATED_CELLS, shuffle=False, where=task.where, **common)
+    run = Run(vae, _optimizer(vae.to(device), model, task.only), loader)
+    planned = model.max_epochs * loader.n_steps(0) if task.n_obs else 0
+    setup = Setup(model, seed, stores[0], held_out, columns, tables, device, planned, shards, codes, task)
+    return setup, run
+
+
+def _optimizer(vae: VAE, model: Model, only: dict[str, Tensor] | None) -> Adam:
+    """Return what moves the parameters; with `only`, these entries alone: all else of the model stands still."""
+    named = dict(vae.named_parameters())
+    if only is not None:
+        vae.eval().requires_grad_(requires_grad=False)
+        named = {name: named[name].requires_grad_() for name in only}
     # Weight decay is L2 in the gradient, as in scvi-tools.
-    optimizer = Adam(vae.named_parameters(), weight_decay=model.weight_decay, eps=ADAM_EPS)
-    run = Run(vae, optimizer, loader)
-    planned = model.max_epochs * loader.n_steps(0)
-    return Setup(model, seed, stores[0], held_out, columns, tables, device, planned, shards), run
+    return Adam(named.items(), weight_decay=model.weight_decay, eps=ADAM_EPS, only=only)
 
 
 def build(store: ShardedCounts, model: Model, columns: Columns) -> VAE:
@@ -113,6 +144,7 @@ def build(store: ShardedCounts, model: Model, columns: Columns) -> VAE:
         posterior=model.posterior,
         prior=model.prior,
         n_components=model.n_components,
+        n_labels=len(columns.labels),
         decoder=model.decoder,
         norm=model.norm,
         coding=model.coding,
@@ -135,23 +167,16 @@ def start(vae: VAE, store: ShardedCounts, columns: Columns, sheet: Sheet, *, see
         cells = read_cells(store, draw_cells(store, n_components, seed), columns, sheet)
         vae.prior.begin(dense(cells.x, torch.float32), cells.covariates)
     if vae.library == "latent":
-        n, total, squares = (torch.zeros(len(columns.batches), dtype=torch.float64) for _ in range(3))
-        common = {"batch_size": EVALUATED_CELLS, "seed": seed, "shuffle": False, "threads": threads}
-        for minibatch in Loader(store, columns=[BATCH], output="csr", **common):
-            batch_n = minibatch.obs[BATCH]
-            log_library_n = observed_library(sparse_counts(*minibatch.x_ng))[:, 0].log().double()
-            n.index_add_(0, batch_n, torch.ones_like(log_library_n))
-            total.index_add_(0, batch_n, log_library_n)
-            squares.index_add_(0, batch_n, log_library_n**2)
-        loc_b = total / n.clamp(min=1)
+        _, loc_b, scale_b = library_moments(store, seed=seed, threads=threads)
         vae.library_loc_b.copy_(loc_b)
-        vae.library_scale_b.copy_((squares / n.clamp(min=1) - loc_b**2).clamp(min=MIN_LIBRARY_VARIANCE).sqrt())
+        vae.library_scale_b.copy_(scale_b)
 
 
-def learn_columns(train: ShardedCounts, model: Model, sheet: Sheet) -> Columns:
+def learn_columns(train: ShardedCounts, model: Model, sheet: Sheet, known: Columns) -> Columns:
     """Return categories and moments of the model's covariates; the continuous ones take a pass over obs alone.
 
-    Errors: ValueError for a column that neither sheet nor shards have or that is of the other kind, and for a constant.
+    `known`: those of its reference, whose categories come first and whose moments stay. Errors: ValueError
+    for a column that neither sheet nor shards have or that is of the other kind, and for a constant.
     """
     _check_columns("categorical_covariates", model.categorical_covariates, [*sheet, *train.categories])
     numbers = [name for name in train.columns if name not in train.categories]
@@ -167,11 +192,35 @@ def learn_columns(train: ShardedCounts, model: Model, sheet: Sheet) -> Columns:
             values = store.column(name if table is None else SAMPLE, 0, store.n_obs)
             yield values if table is None else table[values]
 
+    def after(first: tuple[str, ...], found: Sequence[str]) -> tuple[str, ...]:
+        return (*first, *(value for value in found if value not in first))
+
     return Columns(
-        tuple(train.categories[BATCH]),
-        {name: categories(name) for name in sorted(model.categorical_covariates)},
-        {name: moments(name, parts(name)) for name in sorted(model.continuous_covariates)},
+        after(known.batches, train.categories[BATCH]),
+        {
+            name: after(known.categories.get(name, ()), categories(name))
+            for name in sorted(model.categorical_covariates)
+        },
+        known.continuous or {name: moments(name, parts(name)) for name in sorted(model.continuous_covariates)},
+        known.labels or (learn_labels(train, model.labels) if model.labels else ()),
     )
+
+
+def learn_labels(train: ShardedCounts, labels: Labels) -> tuple[str, ...]:
+    """Return the labels that training cells have, sorted. Errors: ValueError if the column is none, or has but one."""
+    _check_columns("labels.column", [labels.column], train.categories)
+    values = train.categories[labels.column]
+    cells = np.zeros(len(values), np.int64)
+    for store in train.stores:
+        cells += np.bincount(store.column(labels.column, 0, store.n_obs), minlength=len(values))
+    found = sorted(value for value, n in zip(values, cells, strict=True) if n and value not in labels.unknown)
+    if len(found) < LEAST_LABELS:
+        raise ValueError(
+            f"labels: the training cells have {', '.join(map(repr, found)) or 'nothing'} in {labels.column!r} but for "
+            f"unknown ones ({', '.join(map(repr, labels.unknown))}); expected at least two labels. Name another "
+            "column, or take labels out of the model."
+        )
+    return tuple(found)
 
 
 def _check_columns(setting: str, names: Sequence[str], known: Collection[str]) -> None:
@@ -181,23 +230,6 @@ def _check_columns(setting: str, names: Sequence[str], known: Collection[str]) -
                 f"{setting}: {name!r} is no such column of the sheet or the cells; expected one of "
                 f"{', '.join(known) or 'none'}. Columns of the cells are those of cohort.keep_obs."
             )
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device that `auto`, `cpu` or `cuda` means here. Errors: ValueError for cuda where there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: found cuda, but this process sees no GPU; set auto or cpu, or run where there is one")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def output_for(device: torch.device) -> str:
-    """Return the output of loaders (store/loader.py) that a model on this device takes fastest."""
-    return "csr" if device.type == "cpu" else "dense"
-
-
-def on_device(x: batches.Counts, device: torch.device) -> Counts:
-    """Return counts of a loader with this output (`output_for`) as models take them, on their device."""
-    return sparse_counts(*x) if isinstance(x, batches.Csr) else x.to(device)
 
 
 def seed_torch(seed: int, use: int, step: int) -> None:

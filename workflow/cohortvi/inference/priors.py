@@ -16,7 +16,10 @@ class StandardNormal(nn.Module):
 
 
 class GaussianMixture(nn.Module):
-    """p(z) = sum_c pi_c N(loc_c, diag(scale_c^2)), all of it learnt (Dilokthanakul et al. 2016, arXiv 1611.02648)."""
+    """p(z) = sum_c pi_c N(loc_c, diag(scale_c^2)), all of it learnt (Dilokthanakul et al. 2016, arXiv 1611.02648).
+
+    With labels a component is a label, p(z, y) = pi_y N(z; loc_y, diag(scale_y^2)) (Kingma et al. 2014, section 2.2).
+    """
 
     def __init__(self, n_components: int, n_latent: int):
         super().__init__()
@@ -32,6 +35,10 @@ class GaussianMixture(nn.Module):
     def log_prob(self, z_nk: Tensor) -> Tensor:
         """Log-density of z in nats, (..., k) -> (...)."""
         return mixture_log_prob(z_nk, self.components, self.logits_c)
+
+    def log_joint(self, z_nk: Tensor) -> Tensor:
+        """log p(z, y) of every label y in nats, (..., k) -> (..., y)."""
+        return mixture_log_joint(z_nk, self.components, self.logits_c)
 
 
 class VampPrior(nn.Module):
@@ -62,7 +69,12 @@ Prior = StandardNormal | GaussianMixture | VampPrior
 
 def mixture_log_prob(z_nk: Tensor, components: Posterior, logits_c: Tensor) -> Tensor:
     """Log-density of a mixture in nats, (..., k) -> (...)."""
-    return torch.logsumexp(logits_c.log_softmax(0) + components.log_prob(z_nk[..., None, :]), dim=-1)
+    return torch.logsumexp(mixture_log_joint(z_nk, components, logits_c), dim=-1)
+
+
+def mixture_log_joint(z_nk: Tensor, components: Posterior, logits_c: Tensor) -> Tensor:
+    """Log-density of z and its component in nats, (..., k) -> (..., c)."""
+    return logits_c.log_softmax(0) + components.log_prob(z_nk[..., None, :])
 
 
 def mixture_sample(n: int, components: Posterior, logits_c: Tensor) -> Tensor:

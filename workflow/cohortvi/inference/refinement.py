@@ -15,10 +15,11 @@ DRAWS = 20  # that the gap of a cell is estimated from
 
 
 class Refined(NamedTuple):
-    """What became of some cells: mean and standard deviation, (n, k), and of the refined ones, (m,), what changed."""
+    """What became of some cells: mean and standard deviation, (n, k), and which were refined and what changed, (m,)."""
 
     loc_nk: Tensor
     scale_nk: Tensor
+    rows_m: Tensor
     gain_m: Tensor  # ELBO after minus before, nats
     shift_m: Tensor  # of the mean, root mean square over dimensions, in the encoder's standard deviations
 
@@ -34,7 +35,7 @@ def refined(vae: VAE, x: Counts, covariates: Covariates, start: DiagonalGaussian
         weights_sn = log_weights(vae.log_joint(x, covariates), start, noise_snk).double()
     chosen = (importance(weights_sn, DRAWS).bound_n - weights_sn.mean(0) >= above).nonzero()[:, 0]
     if not len(chosen):
-        return Refined(*start, chosen.float(), chosen.float())
+        return Refined(*start, chosen, chosen.float(), chosen.float())
     before = DiagonalGaussian(*(value[chosen] for value in start))
     log_joint = vae.log_joint(take_rows(x, chosen), covariates.take(chosen))
     with torch.enable_grad():
@@ -43,4 +44,4 @@ def refined(vae: VAE, x: Counts, covariates: Covariates, start: DiagonalGaussian
         gain_m = log_weights(log_joint, after, noise_snk[:, chosen]).mean(0) - weights_sn[:, chosen].mean(0)
     shift_m = ((after.loc_nk - before.loc_nk) / before.scale_nk).square().mean(1).sqrt()
     moments = (whole.index_copy(0, chosen, own) for whole, own in zip(start, after, strict=True))
-    return Refined(*moments, gain_m, shift_m)
+    return Refined(*moments, chosen, gain_m, shift_m)

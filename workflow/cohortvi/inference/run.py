@@ -11,7 +11,7 @@ from cohortvi.inference.checkpoint import Tensors
 from cohortvi.inference.vae import VAE
 from cohortvi.store.loader import Loader, Minibatch
 
-PLAIN = ("step", "sums", "history", "best_elbo", "best_epoch", "anchor", "waited", "finished")
+PLAIN = ("step", "sums", "history", "best_elbo", "best_epoch", "anchor", "waited", "finished", "elbo_before")
 SUMS = ("cells", "loss", "reconstruction", "kl", "seconds", "waiting_seconds")
 HISTORY = (  # columns; ELBO terms in nats per cell; those of the last line alone differ between equal runs
     *("epoch", "step", "train_loss", "train_reconstruction", "train_kl", "kl_weight", "learning_rate"),
@@ -36,6 +36,7 @@ class Run:
     anchor: float | None = None  # the ELBO that early stopping wants bettered by min_delta
     waited: int = 0  # epochs since it was
     finished: bool = False
+    elbo_before: float | None = None  # validation ELBO of a mapped model before its first step
 
     def minibatches(self) -> Iterator[Minibatch]:
         """Yield what is left of the epoch under way (nothing if only its validation is); time it."""
@@ -62,6 +63,15 @@ class Run:
         else:
             self.waited += 1
         return self.waited >= limits.patience
+
+    def judge_reference(self, validation: dict[str, float], *, is_trained: bool) -> None:
+        """Take the weights that a mapped model begins with as the best so far; if nothing is trained, as the last."""
+        self.elbo_before = self.best_elbo = self.anchor = validation["elbo"]
+        self.best_epoch, self.finished = 0, not is_trained
+        self.best_weights = {name: value.clone() for name, value in self.vae.state_dict().items()}
+        if not is_trained:
+            terms = {f"validation_{name}": value for name, value in validation.items()}
+            self.history = [dict.fromkeys(HISTORY) | {"epoch": 0, "step": 0, "kl_weight": 1.0} | terms]
 
     def tensors(self) -> Tensors:
         """Return the tensors of a checkpoint: model.*, best.* by their names, adam.* by those of the parameters."""

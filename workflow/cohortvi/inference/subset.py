@@ -70,6 +70,8 @@ def read_cells(store: ShardedCounts, rows: Sequence[np.ndarray], columns: Column
     tables = columns.sheet_tables(sheet, store.categories[SAMPLE])
     wanted = [SAMPLE, *(name for name in columns.names if name not in tables)]
     codes = {name: torch.from_numpy(_taken(store.column, name, rows, store.sizes)) for name in wanted}
+    recoded = columns.recode({name: store.categories[name] for name in wanted if name in store.categories})
+    codes |= {name: table[codes[name]] for name, table in recoded.items()}
     codes |= {name: table[codes[SAMPLE]] for name, table in tables.items()}
     covariates = columns.covariates(codes, torch.device("cpu"))
     obs = {name: _taken(store.values, name, rows, store.sizes) for name in store.columns}

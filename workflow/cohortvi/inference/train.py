@@ -22,9 +22,10 @@ from cohortvi.config import Model
 from cohortvi.inference import ranks
 from cohortvi.inference.checkpoint import Checkpoints, Signals
 from cohortvi.inference.covariates import Sheet
+from cohortvi.inference.device import choose_device, on_device
 from cohortvi.inference.events import Events
 from cohortvi.inference.objective import Elbo, elbo, iwelbo
-from cohortvi.inference.prepare import TRAINING, VALIDATION, Setup, choose_device, on_device, prepare, seed_torch
+from cohortvi.inference.prepare import TRAINING, VALIDATION, Setup, prepare, seed_torch
 from cohortvi.inference.run import HISTORY, SUMS, Run
 from cohortvi.inference.schedule import kl_weight, learning_rate
 from cohortvi.inference.vae import VAE
@@ -63,6 +64,10 @@ def fit(
             resume(setup, run, saved)
             keep = partial(save_if_due, setup, run, saved, signals)
             written, began = Events(events if ranks.rank() == 0 else None, run.step), run.step
+            if setup.task.facts is not None and run.elbo_before is None:
+                run.judge_reference(validate(setup, run, keep), is_trained=setup.planned > 0)
+                logger.info("held-out ELBO of the reference as it is: %.2f nats per cell", run.elbo_before)
+                keep()
             with Progress((setup.planned - began) * model.batch_size) as progress:
                 while not run.finished:
                     for minibatch in run.minibatches():
@@ -100,13 +105,17 @@ def terms_of(
     loader = run.loader if stream[0] == TRAINING else setup.validation
     part, x = ranks.Part(*loader.part()), on_device(minibatch.x_ng, setup.device)
     covariates = setup.covariates(minibatch.obs)
-    draws = setup.model.draws if stream[0] == TRAINING else 1
+    draws, options = setup.model.draws, {"kl_weight": weight}
+    if stream[0] == VALIDATION:  # the bound on log p(x): what labels the cells have is not looked at
+        draws, covariates = 1, covariates._replace(label_n=None)
+    elif setup.model.labels:
+        options["label_weight"] = setup.model.labels.weight
     with ranks.within(part):
         noise_snk = ranks.own(torch.randn(draws, part.n, run.vae.n_dimensions, device=setup.device), dim=1)
         if draws == 1:
-            terms = elbo(run.vae, x, covariates, noise_snk[0], kl_weight=weight)
+            terms = elbo(run.vae, x, covariates, noise_snk[0], **options)
         else:
-            terms = iwelbo(run.vae, x, covariates, noise_snk, kl_weight=weight)
+            terms = iwelbo(run.vae, x, covariates, noise_snk, **options)
     # One transfer; in float64, because an epoch's sum over float32 would depend on its length.
     loss, reconstruction, kl = ranks.total(torch.stack(terms).detach().double().sum(1).tolist())
     if not math.isfinite(reconstruction + kl):
@@ -125,12 +134,12 @@ def validate(setup: Setup, run: Run, keep: Callable[[], None]) -> dict[str, floa
 
     The noise is the same at every epoch, so that epochs are compared on the same draws.
     """
-    sums = dict.fromkeys(SUMS, 0.0)
+    sums, is_training = dict.fromkeys(SUMS, 0.0), run.vae.training
     run.vae.eval()
     for step, minibatch in enumerate(setup.validation):
         _add(sums, terms_of(setup, run, minibatch, (VALIDATION, step), 1.0)[1])
         keep()
-    run.vae.train()
+    run.vae.train(is_training)  # a mapped model never is: its statistics stand still
     reconstruction, kl = sums["reconstruction"] / sums["cells"], sums["kl"] / sums["cells"]
     return {"elbo": -reconstruction - kl, "reconstruction": reconstruction, "kl": kl}
 
@@ -168,16 +177,19 @@ def result(setup: Setup, run: Run) -> tuple[VAE, pd.DataFrame, dict[str, Any]]:
         **setup.columns.facts(),
         "seed": setup.seed,
         "shards": setup.shards,
-        "n_obs": setup.train.n_obs,
+        "n_obs": setup.task.n_obs,
         "n_parameters": sum(parameter.numel() for parameter in run.vae.parameters()),
         "n_steps": run.step,
-        "n_epochs": len(run.history),
+        "n_epochs": run.history[-1]["epoch"],
         "kl_weight": weight,
         "best_epoch": run.best_epoch,
         "best_validation_elbo": run.best_elbo,
+        "reference": None if setup.task.facts is None else setup.task.facts | {"elbo_before": run.elbo_before},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
-    return run.vae.cpu().eval(), pd.DataFrame(run.history, columns=HISTORY), facts
+    numbers = dict.fromkeys((name for name in HISTORY if name not in ("epoch", "step")), float)
+    history = pd.DataFrame(run.history, columns=HISTORY).astype(numbers)  # with nothing trained some have no value
+    return run.vae.cpu().eval(), history, facts
 
 
 def resume(setup: Setup, run: Run, saved: Checkpoints) -> None:

@@ -6,8 +6,9 @@
     q(z_n | x_n) = the encoder's posterior             Gaussian, diagonal or of full covariance, or a flow
 
 With a latent library, log library_n = loc + scale u_n of the cell's batch, and u_n ~ N(0, 1) is one more latent
-dimension, the last. docs/inference.md derives it. It assumes counts as they are (not normalised) and codes within the
-stated numbers of categories.
+dimension, the last. With labels, p(z) is a mixture with a component for each: p(z, y) = p(y) p(z | y), from which
+p(y | z) follows by Bayes' rule. docs/inference.md derives it. It assumes counts as they are (not normalised) and codes
+within the stated numbers of categories.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from cohortvi.inference.sparse import Counts, dense, is_fused
 
 CHOICES = {
     "likelihood": ("nb", "zinb", "poisson"),
-    "dispersion": ("gene", "gene-batch", "gene-cell"),
+    "dispersion": ("gene", "gene-batch", "gene-cell", "gene-label"),
     "library": ("observed", "latent"),
     "posterior": ("diagonal", "full", "flow"),
     "prior": ("standard_normal", "mixture", "vamp"),
@@ -63,6 +64,7 @@ class VAE(nn.Module):
         posterior: str = "diagonal",
         prior: str = "standard_normal",
         n_components: int = 50,
+        n_labels: int = 0,
         decoder: str = "nonlinear",
         norm: str = "batch",
         coding: str = "one_hot",
@@ -76,8 +78,12 @@ class VAE(nn.Module):
             if self.settings[name] not in known:
                 raise ValueError(f"{name}: found {self.settings[name]!r}; expected one of {', '.join(known)}")
         self.settings["n_categories"] = tuple(n_categories)
+        if dispersion == "gene-label" and not n_labels:
+            raise ValueError("dispersion: found 'gene-label' and no labels; expected another, or a model with labels")
+        if n_labels and prior != "mixture":
+            raise ValueError(f"prior: found {prior!r} and {n_labels} labels; expected 'mixture', a component a label")
         self.likelihood, self.dispersion, self.library = likelihood, dispersion, library
-        self.encode_covariates, self.n_latent = encode_covariates, n_latent
+        self.encode_covariates, self.n_latent, self.n_labels = encode_covariates, n_latent, n_labels
         n_embedding = n_embedding if coding == "embedding" else 0
         codes = (n_batches, *n_categories)
         self.told_encoder = Teller(codes, n_continuous, n_embedding) if encode_covariates else Teller((), 0, 0)
@@ -94,10 +100,11 @@ class VAE(nn.Module):
         self.decoder = Decoder(n_genes, n_latent, self.told_decoder, hidden, **own)
         if self._has_theta and dispersion != "gene-cell":
             # N(0, 1) as in scvi-tools: genes start around theta = 1, between the over-dispersed and the Poisson-like.
-            self.log_theta = nn.Parameter(torch.randn((n_genes,) if dispersion == "gene" else (n_batches, n_genes)))
+            rows = {"gene": (), "gene-batch": (n_batches,), "gene-label": (n_labels,)}[dispersion]
+            self.log_theta = nn.Parameter(torch.randn(*rows, n_genes))
         self.prior: Prior = StandardNormal()
         if prior == "mixture":
-            self.prior = GaussianMixture(n_components, n_latent)
+            self.prior = GaussianMixture(n_labels or n_components, n_latent)
         if prior == "vamp":
             told = (len(codes), n_continuous) if encode_covariates else (0, 0)
             self.prior = VampPrior(n_components, n_genes, *told)
@@ -126,13 +133,25 @@ class VAE(nn.Module):
         """
         return self.encoder(x, self.told_encoder(covariates) if self.encode_covariates else Told())
 
-    def log_prior(self, z_nk: Tensor) -> Tensor:
-        """Return log p(z) in nats, (..., k) -> (...)."""
+    def log_prior(self, z_nk: Tensor, label_n: Tensor | None = None) -> Tensor:
+        """Return log p(z), or of cells with a label (code >= 0) log p(z, label), in nats, (..., k) -> (...)."""
         if isinstance(self.prior, VampPrior):
             return mixture_log_prob(z_nk, self._pseudo_posteriors(), self.prior.logits_c)
-        log_p = self.prior.log_prob(z_nk[..., : self.n_latent])
+        if label_n is None:
+            log_p = self.prior.log_prob(z_nk[..., : self.n_latent])
+        else:
+            log_p_nl = self.prior.log_joint(z_nk[..., : self.n_latent])
+            log_p = torch.where(label_n < 0, log_p_nl.logsumexp(-1), _taken(log_p_nl, label_n))
         is_latent = self.library == "latent"
         return log_p + standard_normal_log_prob(z_nk[..., self.n_latent :]) if is_latent else log_p
+
+    def log_label(self, z_nk: Tensor) -> Tensor:
+        """Return log p(y | z) of every label y by Bayes' rule, in nats, (..., k) -> (..., labels)."""
+        return self.prior.log_joint(z_nk[..., : self.n_latent]).log_softmax(-1)
+
+    def label_loss(self, z_nk: Tensor, label_n: Tensor) -> Tensor:
+        """Return -log p(label | z) of cells with a label, in nats, and 0 of the others; (n, k), (n,) -> (n,)."""
+        return torch.where(label_n < 0, 0.0, -_taken(self.log_label(z_nk), label_n))
 
     def _pseudo_posteriors(self) -> Posterior:
         """Return the posteriors of the pseudo-inputs, by the statistics of the cells that were seen before."""
@@ -146,11 +165,15 @@ class VAE(nn.Module):
 
     def decode(self, z_nk: Tensor, library_n1: Tensor, covariates: Covariates) -> Likelihood:
         """Return p(x | z) of cells with `library_n1` UMI over the model's genes; z (n, k) -> parameters (n, g)."""
-        return self._likelihood(self._features(z_nk, covariates), library_n1.log(), covariates)
+        return self._likelihood(z_nk, library_n1.log(), covariates)
+
+    def px_scale(self, z_nk: Tensor, covariates: Covariates) -> Tensor:
+        """Return the expected fractions of the genes of cells with these latent values, (n, k) -> (n, g)."""
+        return self.decoder(self._features(z_nk, covariates))[0].exp()
 
     def predict(self, x: Counts, z_nk: Tensor, covariates: Covariates) -> Likelihood:
         """Return p(x | z) of cells with these latent values, (n, k), and the library of x where it is observed."""
-        return self._likelihood(self._features(z_nk, covariates), self._log_library(x, z_nk, covariates), covariates)
+        return self._likelihood(z_nk, self._log_library(x, z_nk, covariates), covariates)
 
     def sample_prior(self, n: int) -> Tensor:
         """Return n draws of p(z), (n, k), by torch's generators."""
@@ -163,9 +186,9 @@ class VAE(nn.Module):
 
     def reconstruction(self, x: Counts, z_nk: Tensor, covariates: Covariates) -> Tensor:
         """Return -log p(x | z) of each cell, (n,); counts (n, g), z (n, k). An observed library is that of x."""
+        if not is_fused(x, z_nk) or self.dispersion in ("gene-cell", "gene-label"):
+            return -self.predict(x, z_nk, covariates).log_prob(dense(x, z_nk.dtype)).sum(1)
         h_nh, log_library_n1 = self._features(z_nk, covariates), self._log_library(x, z_nk, covariates)
-        if not is_fused(x, z_nk) or self.dispersion == "gene-cell":
-            return -self._likelihood(h_nh, log_library_n1, covariates).log_prob(dense(x, z_nk.dtype)).sum(1)
         log_theta, rows_n = None, covariates.batch_n
         if self._has_theta:
             log_theta = self.log_theta if self.dispersion == "gene-batch" else self.log_theta[None]
@@ -186,14 +209,21 @@ class VAE(nn.Module):
         loc_n, scale_n = self.library_loc_b[covariates.batch_n], self.library_scale_b[covariates.batch_n]
         return (loc_n + scale_n * z_nk[:, self.n_latent])[:, None]
 
-    def _likelihood(self, h_nh: Tensor, log_library_n1: Tensor, covariates: Covariates) -> Likelihood:
-        log_px_scale_ng, zi_logits_ng, log_theta = self.decoder(h_nh)
+    def _likelihood(self, z_nk: Tensor, log_library_n1: Tensor, covariates: Covariates) -> Likelihood:
+        log_px_scale_ng, zi_logits_ng, log_theta = self.decoder(self._features(z_nk, covariates))
         log_px_rate_ng = log_library_n1 + log_px_scale_ng
         if not self._has_theta:
             return Poisson(log_px_rate_ng)
-        if log_theta is None:
-            is_shared = self.dispersion == "gene"
-            log_theta = self.log_theta if is_shared else self.log_theta.index_select(0, covariates.batch_n)
+        if self.dispersion == "gene":
+            log_theta = self.log_theta
+        elif self.dispersion == "gene-batch":
+            log_theta = self.log_theta.index_select(0, covariates.batch_n)
+        elif self.dispersion == "gene-label":  # log theta is that of the labels, by p(y | z): known or not, the same
+            log_theta = self.log_label(z_nk).exp() @ self.log_theta
         if zi_logits_ng is None:
             return NegativeBinomial(log_px_rate_ng, log_theta)
         return ZeroInflatedNegativeBinomial(log_px_rate_ng, log_theta, zi_logits_ng)
+
+
+def _taken(values_nl: Tensor, label_n: Tensor) -> Tensor:
+    return values_nl.gather(-1, label_n.clamp(min=0)[:, None])[:, 0]

@@ -32,11 +32,18 @@ TREND = " Line: the trend fitted by loess; genes rank by how far they rise above
 LEFT_OUT = " The {shown} batches with most cells; {n:,} more are not shown."
 COMPARISON = (
     "Held-out ELBO: nats per cell over the validation cells; higher is better, and models of the same counts can be "
-    "compared by it. Clusters, silhouette and agreement: {shown}. Batch mixing: entropy of the batches among a "
+    "compared by it, but for those mapped onto a reference, whose ELBO is that of the cells with something new to it, "
+    "if there are any. Clusters, silhouette and agreement: {shown}. Batch mixing: entropy of the batches among a "
     "cell's neighbours over their entropy in the cohort; 1 says that neighbourhoods mirror the cohort, 0 that they "
     "never cross batches."
 )
-MODEL = "What training came to, then the settings under their names in the config."
+MODEL = (
+    "What training came to, then the settings under their names in the config. Of a model mapped onto a reference, the "
+    "held-out ELBO is that of cells of batches and categories that are new to it (of all, if none are); before: with "
+    "each of these at the mean of the known ones. Cells of fewer counts have a higher ELBO whatever the model: compare "
+    "that of the reference's own cells where depths are alike."
+)
+UNTRAINED = "Nothing was trained: the model is its reference, with new batches and categories at the mean of the known."
 TRAINING = (
     "ELBO = E[log p(x | z)] − KL(q(z | x) ‖ p(z)); here its negative and the two terms it is made of, means over "
     "cells, with KL weight 1 in the sum. Validation cells are never trained on and are seen without dropout. Grey "
@@ -64,6 +71,16 @@ GAP_GROUPS = (
     "Held-out cells by sample, batch and kept columns, at least 5 each. A group far above the others is one that the "
     "encoder has hardly seen: refine it, or train again with it."
 )
+LABELS = (
+    "The {cells} held-out cells whose {column} is known, which the model was not told of: {accuracy} have the label "
+    "that it finds likeliest, to which it gives {confidence} on average; expected calibration error {error} (Guo et "
+    "al. 2017, 15 bins). A point a bin, its area by its cells; on the line, probabilities are frequencies. Cells of a "
+    "sample without any label may be further from what was trained on than these."
+)
+LABEL_TABLE = (
+    "Held-out cells that have each label, those to which the model gives it, and those of which both are true."
+)
+NO_LABELS = "No held-out cell has a known {column}: how far the predicted labels can be trusted cannot be told."
 CHECKS = (
     "Counts drawn anew for the held-out cells from what the model says of each, 20 times, beside those observed; of up "
     "to 5 batches, those furthest off. Within: between the 5th and the 95th percentile of the simulations."
@@ -128,6 +145,13 @@ CHANGES = (
     "pseudobulk, replicates, adjusted p: the same groups compared by sums over each {replicate}, a paired t-test "
     "where replicates have both groups, Benjamini-Hochberg over genes. The model speaks of cells and pseudobulk of "
     "replicates: trust a gene that has both."
+)
+
+LIKELIHOOD = (
+    "In nats per cell, of all cells, training and held-out ones: by {draws} importance samples of each, with the "
+    "encoder's posterior as proposal (Burda et al. 2016). s.e.: of the mean, over cells. Monte Carlo error: root mean "
+    "square of that of single cells. Sample size: the mean effective one; where it is but a few draws, log p(x) is "
+    "underestimated."
 )
 
 NO_CHANGES = "No comparison has enough cells of both groups."

@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cohortvi import files
 from cohortvi.cohort.sheet import file_name
 from cohortvi.files import read_json
 from cohortvi.report.words import natural
@@ -39,13 +40,15 @@ class ModelFiles:
     gap: Path
     gap_cells: Path
     differential: Path  # there if the config names comparisons
+    likelihood: Path  # there if the config asks for it
 
     @classmethod
     def within(cls, folder: Path) -> "ModelFiles":
         """Return the files of results/models/{model}."""
         tables = (folder / f"{name}.parquet" for name in ("history", "clusters", "layout", "cells", "markers"))
         gap = folder / "gap.json", folder / "gap.parquet"
-        return cls(folder / "model.json", *tables, folder / "metrics.json", *gap, folder / "differential.parquet")
+        asked = folder / "differential.parquet", folder / "likelihood.json"
+        return cls(folder / "model.json", *tables, folder / "metrics.json", *gap, *asked)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def read_columns(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     Errors: ValueError that names the columns the table does not have.
     """
     _check_columns(path, columns)
-    return pq.read_table(path, columns=list(columns)).to_pandas().reset_index(drop=True)
+    return files.read_columns(path, columns)
 
 
 def read_rows(path: Path, columns: Sequence[str], rows: np.ndarray) -> pd.DataFrame:

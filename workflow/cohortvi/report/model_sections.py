@@ -31,10 +31,11 @@ def model_sections(cohort: Cohort, name: str, facts: dict, metrics: dict, shown:
     return [
         Section(f"model-{name}", f"Model {name}", [settings, _training(files, facts)]),
         trust_section(name, files),
-        Section(f"map-{name}", "Maps", [_maps(cohort, files, clusters)], level=3),
+        Section(f"map-{name}", "Maps", [_maps(cohort, files, clusters, facts)], level=3),
         Section(f"clusters-{name}", "Clusters", _clusters(files, metrics, clusters, shown), level=3),
         Section(f"markers-{name}", "Markers", _markers(cohort, files, clusters), level=3),
         *_changes(cohort, name, files),
+        *_likelihood(cohort, name, files),
     ]
 
 
@@ -45,6 +46,14 @@ def _changes(cohort: Cohort, name: str, files: ModelFiles) -> list[Section]:
     changes = read_table(files.differential)
     blocks = [tables.change_table(changes, settings)] if len(changes) else [Text(captions.NO_CHANGES)]
     return [Section(f"differential-{name}", "Differential expression", blocks, level=3)]
+
+
+def _likelihood(cohort: Cohort, name: str, files: ModelFiles) -> list[Section]:
+    draws = cohort.config["likelihood"]["draws"]
+    if draws is None:
+        return []
+    table = tables.likelihood_table(read_json(files.likelihood), draws)
+    return [Section(f"likelihood-{name}", "Marginal likelihood", [table], level=3)]
 
 
 def _facts(order: Mapping[str, object], facts: dict) -> Facts:
@@ -60,8 +69,22 @@ def _facts(order: Mapping[str, object], facts: dict) -> Facts:
         ("Genes", number(len(facts["genes"]))),
         ("Batches", number(len(facts["batches"]))),
     ]
+    found += _reference(facts["reference"], facts["n_parameters"]) if facts.get("reference") else []
     found += [(key, _setting(settings[key])) for key in order]
     return Facts("The model and its training.", captions.MODEL, found)
+
+
+def _reference(known: dict, n_parameters: int) -> list[tuple[str, str]]:
+    """Return what is to be said of the model that this one was mapped onto."""
+    new = [f"{name} {words.listed(values)}" for name, values in known["new"].items()]
+    before, own = (f"{number(known[name], 2)} nats per cell" for name in ("elbo_before", "validation_elbo"))
+    return [
+        ("Mapped onto", f"{known['path']} ({known['digest']})"),
+        ("New to it", "; ".join(new) or "nothing"),
+        ("Parameters trained", f"{number(known['n_trained'])} of {number(n_parameters)}"),
+        ("Held-out ELBO before", before),
+        ("Held-out ELBO of the reference", f"{own}, of its own cells"),
+    ]
 
 
 def _setting(value: object) -> str:
@@ -72,7 +95,9 @@ def _setting(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _training(files: ModelFiles, facts: dict) -> Figure:
+def _training(files: ModelFiles, facts: dict) -> Figure | Text:
+    if not facts["n_epochs"]:
+        return Text(captions.UNTRAINED)
     history = read_table(files.history)
     n, planned, best = len(history), facts["settings"]["max_epochs"], facts["best_epoch"]
     end = f"stopped early, after {n} of {planned} epochs" if n < planned else f"took all {planned} epochs"
@@ -82,12 +107,13 @@ def _training(files: ModelFiles, facts: dict) -> Figure:
     return Figure("Training.", caption, figures.training_panels(history, best), legend)
 
 
-def _maps(cohort: Cohort, files: ModelFiles, clusters: pd.Series) -> Figure:
+def _maps(cohort: Cohort, files: ModelFiles, clusters: pd.Series, facts: dict) -> Figure:
     settings, labels = cohort.config["report"], ("sample", "batch")
     samples = read_columns(files.cells, ["sample"])["sample"]
     rows = draw_rows(samples, settings["max_cells"], cohort.config["seed"])
     layout = read_rows(files.layout, ["umap_1", "umap_2"], rows).to_numpy(float)
-    columns = read_rows(files.cells, list(dict.fromkeys([*labels, *settings["color_by"]])), rows)
+    predicted = ["predicted_label", "label_probability"] if facts["labels"] else []
+    columns = read_rows(files.cells, list(dict.fromkeys([*labels, *predicted, *settings["color_by"]])), rows)
     found = [(categorical if name in labels else coloring)(name, column) for name, column in columns.items()]
     shown = distinct([color for color in found if not color.is_constant])
     same = [color.heading for color in found if color.is_constant]

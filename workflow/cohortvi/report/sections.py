@@ -183,10 +183,13 @@ def abstract(cohort: Cohort, models: Mapping[str, tuple[dict, dict]], shown: str
         many = len(cohort.quarantined) > 1
         names = words.listed(list(cohort.quarantined))
         parts.append(f"{'Samples' if many else 'Sample'} {names} {'were' if many else 'was'} quarantined.")
-    best = max(models, key=lambda name: models[name][0]["best_validation_elbo"])
+    # The ELBO of a mapped model is that of other cells.
+    comparable = [name for name, (facts, _) in models.items() if not facts.get("reference")] or list(models)
+    best = max(comparable, key=lambda name: models[name][0]["best_validation_elbo"])
     facts, metrics = models[best]
     elbo = f"{number(facts['best_validation_elbo'], 2)} nats per cell"
-    of_many = f"Of {len(models)} models, {best} reached the best held-out ELBO,"
-    reached = of_many if len(models) > 1 else "The model reached a held-out ELBO of"
+    of_many = f"Of {len(comparable)} models, {best} reached the best held-out ELBO,"
+    alone = "The model" if len(models) == 1 else f"Model {best}"
+    reached = of_many if len(comparable) > 1 else f"{alone} reached a held-out ELBO of"
     clusters = words.plural(metrics["clusters"][shown]["n_clusters"], "cluster")
     return " ".join([*parts, f"{reached} {elbo}, and its cells fall into {clusters} ({shown})."])

@@ -83,7 +83,8 @@ def comparison_table(models: Mapping[str, tuple[dict, dict]], shown: str) -> Tab
     for name, (facts, metrics) in models.items():
         settings, found = facts["settings"], metrics["clusters"][shown]
         shape = [settings["likelihood"], number(settings["n_latent"]), number(facts["n_parameters"])]
-        fitted = [number(facts["n_epochs"]), number(facts["best_validation_elbo"], 2)]
+        elbo = number(facts["best_validation_elbo"], 2)
+        fitted = [number(facts["n_epochs"]), f"{elbo} (new cells)" if facts.get("reference") else elbo]
         clusters = [number(found["n_clusters"]), number(found["silhouette"], 3)]
         mixing = number(metrics["batch_mixing"], 3)
         rows.append([name, *shape, *fitted, *clusters, *_agreement(found["labels"], labels), mixing])
@@ -191,6 +192,24 @@ def change_table(changes: pd.DataFrame, settings: Mapping[str, Any]) -> Table:
         [*header, "of pseudobulk", "replicates", "adjusted p"],
         "lllllrrrrrr",
         rows,
+    )
+
+
+def likelihood_table(facts: Mapping[str, Any], draws: int) -> Table:
+    """Return log p(x) of each sample's cells and of all; `facts`: what rule likelihood found."""
+
+    def row(name: str, found: Mapping[str, Any]) -> list[str]:
+        values = [(found["mean"], 2), (found["se"], 2), (found["error"], 3), (found["ess"], 1)]
+        return [name, number(found["cells"]), *(number(value, digits) for value, digits in values)]
+
+    samples = sorted(facts["samples"], key=lambda found: words.natural(found["sample"]))
+    return Table(
+        "log p(x) of the cells.",
+        captions.LIKELIHOOD.format(draws=number(draws)),
+        ["sample", "cells", "log p(x), mean", "± s.e.", "Monte Carlo error", "sample size"],
+        "lrrrrr",
+        [row(found["sample"], found) for found in samples],
+        row("all", facts["all"]),
     )
 
 

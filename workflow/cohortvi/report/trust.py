@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from cohortvi.files import read_json, read_table
 from cohortvi.report import captions, words
-from cohortvi.report.blocks import Block, Figure, Panel, Section, Table
+from cohortvi.report.blocks import Block, Figure, Panel, Section, Table, Text
 from cohortvi.report.inputs import ModelFiles
 from cohortvi.report.theme import ACCENT, INK, MUTED, RULE, VARIABLES, axes, to_svg
 from cohortvi.report.words import number, percent
@@ -50,6 +50,7 @@ def trust_section(name: str, files: ModelFiles) -> Section:
     facts, cells = read_json(files.gap), read_table(files.gap_cells)
     blocks: list[Block] = [_gaps(facts), _figure(facts, cells), _limits(facts)]
     blocks += [_groups(facts["groups"])] if facts["groups"] else []
+    blocks += _labels(facts["labels"]) if facts.get("labels") else []
     blocks += [_checks(facts["predictive"])] if facts["predictive"] else []  # no batch has two of the cells
     blocks.append(_calibration(facts["calibration"]))
     return Section(f"trust-{name}", "How far the posterior can be trusted", blocks, level=3)
@@ -159,6 +160,32 @@ def _groups(groups: list[dict[str, Any]]) -> Table:
         "k-hat > 0.7",
     ]
     return Table("Groups with the largest gaps.", captions.GAP_GROUPS, header, "llrrrrr", rows)
+
+
+def _labels(facts: Mapping[str, Any]) -> list[Block]:
+    """Return how the predictions agree with the labels of held-out cells, or that none has one."""
+    if not facts["cells"]:
+        return [Text(captions.NO_LABELS.format(column=facts["column"]))]
+    ax = axes(400, 240, (50, 12, 44, 10))
+    bins = pd.DataFrame(facts["bins"])
+    ax.plot([0, 1], [0, 1], color=RULE)
+    ax.scatter(
+        bins["confidence"], bins["accuracy"], s=8 + 200 * bins["cells"] / facts["cells"], color=ACCENT, alpha=0.8
+    )
+    ax.set_xlabel("probability of the likeliest label")
+    ax.set_ylabel("share of cells that have it")
+    ax.grid(axis="y")
+    panel = Panel(to_svg(ax, "Accuracy by the probability of the likeliest label"), "Accuracy by probability")
+    words_of = {"column": facts["column"], "cells": number(facts["cells"]), "accuracy": percent(facts["accuracy"])}
+    words_of |= {"confidence": percent(facts["confidence"]), "error": number(facts["error"], 3)}
+    rows = [
+        [row["label"], number(row["cells"]), number(row["predicted"]), number(row["found"])] for row in facts["labels"]
+    ]
+    header = ["label", "cells", "predicted", "of these, right"]
+    return [
+        Figure("Labels of held-out cells.", captions.LABELS.format(**words_of), [panel]),
+        Table("Held-out cells by label.", captions.LABEL_TABLE, header, "lrrr", rows),
+    ]
 
 
 def _checks(checks: list[dict[str, Any]]) -> Table:
