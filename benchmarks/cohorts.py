@@ -63,7 +63,7 @@ def read_covid() -> ad.AnnData:
     mitochondrial = np.asarray(cells.X[:, cells.var_names.str.startswith("MT-")].sum(1)).ravel()
     n_genes = np.diff(sp.csr_matrix(cells.X).indptr)
     kept = cells[(n_genes > 200) & (mitochondrial < 0.2 * total)].copy()
-    kept.obs["sample"] = kept.obs["sample"].astype("category")
+    kept.obs["sample"] = pd.Categorical(kept.obs["sample"].astype(str))  # sorted, as models have their batches
     return variable_genes(kept)
 
 
