@@ -108,7 +108,8 @@ def test_a_file_may_be_without_the_column_of_labels_alone(demo_config, tmp_path)
 
 def test_the_column_of_labels_must_be_kept(demo_config):
     with pytest.raises(
-        ValueError, match=r"models\.nb\.labels\.column: 'cell_typ' is unknown; did you mean 'cell_type'"
+        ValueError,
+        match=r"models\.nb\.labels\.column \(of cohort\.keep_obs\): 'cell_typ' is unknown; did you mean 'cell_type'",
     ):
         preflight.check_names(labelled(demo_config, "cell_typ"), [sample("s1", "x")])
 

@@ -62,7 +62,7 @@ def hint(name: str, known: Collection[str], most: int = 1) -> str:
     near = difflib.get_close_matches(name, known, n=most)
     if near:
         return f"did you mean {' or '.join(map(repr, near))}?"
-    return f"there are {', '.join(sorted(known)[:12])}{' ...' if len(known) > 12 else ''}"
+    return f"there are {', '.join(sorted(known)[:12]) or 'none'}{' ...' if len(known) > 12 else ''}"
 
 
 def cross_faults(config: dict[str, Any]) -> Iterator[str]:

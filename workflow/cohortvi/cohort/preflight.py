@@ -50,7 +50,7 @@ def _name_faults(config: Config, samples: Sequence[Sample]) -> Iterator[str]:
     wanted += [("atlas.metrics.labels", column, sheet | kept) for column in config.atlas.metrics.labels]
     wanted += [("store.validation.by", config.store.validation.by, sheet | {"cell"})]
     wanted += [
-        (f"models.{model}.labels.column", settings.labels.column, kept)
+        (f"models.{model}.labels.column (of cohort.keep_obs)", settings.labels.column, kept)
         for model, settings in config.models.items()
         if settings.labels
     ]
