@@ -4,7 +4,9 @@ Real ones lie in the folder that COHORTVI_TEST_DATA names; each comes with its 2
 float32 CSR, and the columns `sample`, the batch of all models, and `total_counts` over all genes.
 """
 
+import logging
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +28,14 @@ SPLIT = Store(4, Validation(0.1, "cell"), 0)
 # Types of Kang et al. that a classifier over other cells cannot be asked for: states, and what surface proteins define.
 COARSE = {"CD4 Naive T": "CD4 T", "CD4 Memory T": "CD4 T", "T activated": "CD4 T", "B Activated": "B"}
 COVID = ("Normal_PBMC_5", "Normal_PBMC_14", "nCoV_PBMC_1", "nCoV_PBMC_15", "nCoV_PBMC_16", "nCoV_PBMC_17")
+
+
+def quiet() -> None:
+    """Have scvi-tools, what it stands on and our training say nothing but errors."""
+    warnings.filterwarnings("ignore")
+    os.environ["TQDM_DISABLE"] = "1"
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "scvi", "cohortvi"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def data_folder() -> Path:

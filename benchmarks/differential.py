@@ -8,10 +8,7 @@ share called of the genes whose true change is above 0.5 and that have at least 
 """
 
 import argparse
-import logging
-import os
 import tempfile
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +19,13 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 import yaml
-from cohorts import write_shards
+from cohorts import quiet, write_shards
 
 from cohortvi.atlas.differential import differential
-from cohortvi.config import Comparison, Differential, Model, build
+from cohortvi.config import Comparison, Differential, Model
 from cohortvi.inference.checkpoint import save_model
 from cohortvi.inference.train import fit
+from cohortvi.typed import build
 
 ROOT = Path(__file__).parent.parent
 N_CELLS, N_GENES, TYPES, DONORS = 8_000, 2_000, 5, 8
@@ -112,10 +110,7 @@ def judge(called: dict[str, np.ndarray], lfc_tg: np.ndarray, mean_tg: np.ndarray
 
 def main() -> None:
     """Print a row a run."""
-    warnings.filterwarnings("ignore")
-    os.environ["TQDM_DISABLE"] = "1"
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "scvi", "cohortvi"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only-ours", action="store_true")

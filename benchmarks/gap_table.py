@@ -21,11 +21,12 @@ import torch
 import yaml
 from cohorts import read_kang, write_samples, write_shards
 
-from cohortvi.config import Gap, Model, build
+from cohortvi.config import Gap, Model
 from cohortvi.inference.checkpoint import save_model
 from cohortvi.inference.gap import gap
 from cohortvi.inference.gap_summary import FEWEST
 from cohortvi.inference.train import fit
+from cohortvi.typed import build
 
 ROOT = Path(__file__).parent.parent
 SHOWN = ["elbo", "amortization_gap", "approximation_gap", "ess_encoder", "khat_encoder"]

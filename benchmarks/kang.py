@@ -26,10 +26,11 @@ from cohorts import read_kang, write_shards
 from scvi_weights import to_scvi_state
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from cohortvi.config import EarlyStopping, Model, build
+from cohortvi.config import EarlyStopping, Model
 from cohortvi.inference.schedule import REFERENCE_BATCH
 from cohortvi.inference.train import fit
 from cohortvi.store.opening import open_counts
+from cohortvi.typed import build
 
 ROOT = Path(__file__).parent.parent
 RESOLUTIONS = np.round(np.arange(0.2, 2.01, 0.2), 1)

@@ -9,11 +9,8 @@ COHORTVI_TEST_DATA names.
 
 import argparse
 import json
-import logging
-import os
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
 import anndata as ad
@@ -21,13 +18,14 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from cohorts import read_kang, write_shards
+from cohorts import quiet, read_kang, write_shards
 from sklearn.metrics import f1_score
 
-from cohortvi.config import Model, build
+from cohortvi.config import Model
 from cohortvi.inference.labels import calibration, label_probabilities
 from cohortvi.inference.networks import Covariates
 from cohortvi.inference.train import fit
+from cohortvi.typed import build
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "benchmarks/out/label_transfer"
@@ -103,10 +101,7 @@ def compare(seed: int, model: Model) -> dict[str, float]:
 
 def main() -> None:
     """Print a row a seed, then mean and spread."""
-    warnings.filterwarnings("ignore")
-    os.environ["TQDM_DISABLE"] = "1"
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "scvi", "cohortvi"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--weight", type=float, default=10)

@@ -21,10 +21,11 @@ import yaml
 from cohorts import COHORTS, write_shards
 from sklearn.neighbors import KNeighborsClassifier
 
-from cohortvi.config import Model, Reference, build
+from cohortvi.config import Model, Reference
 from cohortvi.inference.checkpoint import load_model, save_model
 from cohortvi.inference.networks import Covariates
 from cohortvi.inference.train import fit
+from cohortvi.typed import build
 
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = {

@@ -24,7 +24,7 @@ from cohorts import write_shards
 from torch import Tensor
 from torch.distributions import Normal
 
-from cohortvi.config import Model, build
+from cohortvi.config import Model
 from cohortvi.files import replacing
 from cohortvi.inference.bounds import LogJoint, importance, log_weights
 from cohortvi.inference.networks import Covariates
@@ -33,6 +33,7 @@ from cohortvi.inference.sparse import sparse_counts
 from cohortvi.inference.train import fit
 from cohortvi.inference.vae import VAE
 from cohortvi.store.opening import open_counts
+from cohortvi.typed import build
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT = 0.15  # share of the cells

@@ -10,11 +10,8 @@ benchmarks/out/time_to_elbo and taken from there. Reads real cohorts in the fold
 
 import argparse
 import json
-import logging
-import os
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,13 +21,14 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from cohorts import COHORTS, write_shards
+from cohorts import COHORTS, quiet, write_shards
 from scvi_weights import to_scvi_state
 
-from cohortvi.config import Model, build
+from cohortvi.config import Model
 from cohortvi.inference import train
 from cohortvi.inference.prepare import prepare
 from cohortvi.store.opening import open_counts
+from cohortvi.typed import build
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "benchmarks/out/time_to_elbo"
@@ -124,10 +122,7 @@ def compare(name: str, seeds: list[int], model: Model) -> Iterator[dict[str, Any
 
 def main() -> None:
     """Print a row a run, then the means over seeds."""
-    warnings.filterwarnings("ignore")
-    os.environ["TQDM_DISABLE"] = "1"
-    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "scvi", "cohortvi"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cohorts", nargs="+", default=["kang", "covid", "S"], choices=COHORTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -17,7 +17,7 @@ import yaml
 from scvi_weights import to_scvi_state
 from torch import nn
 
-from cohortvi.config import EarlyStopping, Model, Store, Validation, build
+from cohortvi.config import EarlyStopping, Model, Store, Validation
 from cohortvi.files import write_json
 from cohortvi.inference.prepare import Setup, prepare
 from cohortvi.inference.run import Run
@@ -27,6 +27,7 @@ from cohortvi.store.counts import write_counts
 from cohortvi.store.loader import Minibatch
 from cohortvi.store.names import SPLITS, shard_names
 from cohortvi.store.shards import write_shard
+from cohortvi.typed import build
 
 ROOT = Path(__file__).parent.parent
 SPLIT = Store(1, Validation(0.01, "cell"), 0)

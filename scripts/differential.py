@@ -2,8 +2,9 @@
 
 from cohortvi import log
 from cohortvi.atlas.differential import differential
-from cohortvi.config import Differential, build
+from cohortvi.config import Differential
 from cohortvi.files import read_table, write_table
+from cohortvi.typed import build
 
 log.start(snakemake.log[0])
 found, params = snakemake.input, snakemake.params

@@ -2,8 +2,9 @@
 
 from cohortvi import log
 from cohortvi.atlas.embed import embed
-from cohortvi.config import Embed, build
+from cohortvi.config import Embed
 from cohortvi.files import write_json
+from cohortvi.typed import build
 
 log.start(snakemake.log[0])
 found, params = snakemake.input, snakemake.params

@@ -2,9 +2,10 @@
 
 from cohortvi import log
 from cohortvi.atlas.expression import expression
-from cohortvi.config import Expression, build
+from cohortvi.config import Expression
 from cohortvi.files import write_json, write_table
 from cohortvi.inference.reading import Source
+from cohortvi.typed import build
 
 log.start(snakemake.log[0])
 found, made, params = snakemake.input, snakemake.output, snakemake.params

@@ -1,9 +1,10 @@
 """Rule gap: model and shards -> how far its posterior can be trusted, for each cell of a subset and in sum."""
 
 from cohortvi import log
-from cohortvi.config import Gap, build
+from cohortvi.config import Gap
 from cohortvi.files import write_json, write_table
 from cohortvi.inference.gap import gap
+from cohortvi.typed import build
 
 log.start(snakemake.log[0])
 found, made, params = snakemake.input, snakemake.output, snakemake.params

@@ -2,8 +2,9 @@
 
 from cohortvi import log
 from cohortvi.cohort.genes import fit_trend, merge_moments
-from cohortvi.config import Genes, build
+from cohortvi.config import Genes
 from cohortvi.files import read_table, write_table
+from cohortvi.typed import build
 
 log.start(snakemake.log[0])
 moments = merge_moments(read_table(path) for path in snakemake.input.moments)

@@ -1,10 +1,11 @@
 """Rule likelihood: model and counts stores -> log p(x) of every cell, and its mean by sample."""
 
 from cohortvi import log
-from cohortvi.config import Likelihood, build
+from cohortvi.config import Likelihood
 from cohortvi.files import write_json
 from cohortvi.inference.marginal import marginal_log_likelihood, write_likelihood
 from cohortvi.inference.reading import Source
+from cohortvi.typed import build
 
 log.start(snakemake.log[0])
 found, made, params = snakemake.input, snakemake.output, snakemake.params

@@ -4,8 +4,9 @@ from cohortvi import log
 from cohortvi.cohort.qc import run_qc
 from cohortvi.cohort.readers import open_raw
 from cohortvi.cohort.sheet import from_source
-from cohortvi.config import Qc, build
+from cohortvi.config import Qc
 from cohortvi.files import write_json, write_table
+from cohortvi.typed import build
 
 log.start(snakemake.log[0])
 config = build(Qc, snakemake.params.config)

@@ -2,8 +2,9 @@
 
 from cohortvi import log
 from cohortvi.cohort.selection import select_genes
-from cohortvi.config import Genes, build
+from cohortvi.config import Genes
 from cohortvi.files import Tables, write_table
+from cohortvi.typed import build
 
 log.start(snakemake.log[0])
 found, params = snakemake.input, snakemake.params

@@ -1,9 +1,10 @@
 """Rule shard: counts of a generation's samples, selected genes -> a shard of them, shuffled."""
 
 from cohortvi import log
-from cohortvi.config import Store, build
+from cohortvi.config import Store
 from cohortvi.files import read_table, write_json
 from cohortvi.store.shards import write_shard
+from cohortvi.typed import build
 
 log.start(snakemake.log[0])
 found, params, names = snakemake.input, snakemake.params, snakemake.wildcards

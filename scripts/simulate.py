@@ -4,7 +4,8 @@ from pathlib import Path
 
 from cohortvi import log
 from cohortvi.cohort.simulate import simulate_sample
-from cohortvi.config import Simulate, build
+from cohortvi.config import Simulate
+from cohortvi.typed import build
 
 log.start(snakemake.log[0])
 config = build(Simulate, snakemake.params.config)

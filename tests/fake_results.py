@@ -8,10 +8,11 @@ import pandas as pd
 import yaml
 
 from cohortvi.cohort.sheet import file_name
-from cohortvi.config import Gap, build
+from cohortvi.config import Gap
 from cohortvi.files import write_json, write_table
 from cohortvi.inference.gap_summary import label_summary, summary
 from cohortvi.report.inputs import ReportInputs
+from cohortvi.typed import build
 
 CONFIG = Path(__file__).parents[1] / "config/config.yaml"
 VERDICT = "0 cells left, fewer than qc.gate.min_cells = 200"

@@ -6,7 +6,8 @@ from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
-from cohortvi.config import Config, Reference, build, check
+from cohortvi.config import Config, Reference, check
+from cohortvi.typed import build
 
 
 def test_the_shipped_config_is_valid_and_becomes_dataclasses(demo_values, config_schema):

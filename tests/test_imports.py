@@ -7,8 +7,21 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "workflow/cohortvi"
 # Later rooms may import earlier ones.
-ROOMS = ["faults", "config", "files", "log", "progress", "digest", "cohort", "store", "inference", "atlas", "report"]
-BASE = {"faults", "config", "files", "log", "progress", "digest"}
+ROOMS = [
+    "faults",
+    "typed",
+    "config",
+    "files",
+    "log",
+    "progress",
+    "digest",
+    "cohort",
+    "store",
+    "inference",
+    "atlas",
+    "report",
+]
+BASE = {"faults", "typed", "config", "files", "log", "progress", "digest"}
 # The two rooms that meet: where inference and files come together.
 COMPILED = {"first_layer", "fused", "heads", "sparse"}
 MATHEMATICS = {

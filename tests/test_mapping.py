@@ -17,9 +17,9 @@ from tiny_cohort import MODEL, manifests
 from torch import nn
 
 from cohortvi.atlas.embed import embed
-from cohortvi.cohort.references import check_references, reference_files
+from cohortvi.cohort.references import check_references, reference_files, shape_faults
 from cohortvi.cohort.selection import read_list
-from cohortvi.config import Embed, Gap, Limit, Limits, Model, Reference
+from cohortvi.config import Embed, Gap, Labels, Limit, Limits, Model, Reference
 from cohortvi.files import read_json
 from cohortvi.inference import train as training
 from cohortvi.inference.adam import Adam
@@ -434,6 +434,16 @@ def test_a_reference_that_does_not_fit_is_refused_before_any_job(demo_config, fo
     with pytest.raises(ValueError, match="the references of models have faults") as error:
         check_references(config)
     assert message in str(error.value)
+
+
+def test_of_labels_the_column_alone_shapes_a_model():
+    labels = {"column": "kind", "unknown": ["NA"], "weight": 10.0}
+    known = json.loads(json.dumps(dataclasses.asdict(MODEL) | {"prior": "mixture", "labels": labels}))
+    model = dataclasses.replace(MODEL, prior="mixture", labels=Labels("kind", ("NA", ""), 50.0))
+    assert list(shape_faults(known, model)) == []
+    other = dataclasses.replace(model, labels=Labels("type", ("NA",), 10.0))
+    assert list(shape_faults(known, other)) == ["labels is 'type'; expected 'kind', as the reference has it"]
+    assert list(shape_faults(known, dataclasses.replace(model, labels=None)))
 
 
 def test_a_model_of_another_shape_is_refused_by_the_rule_too(references, grown, tmp_path):

@@ -5,12 +5,11 @@ A reference is a folder with model.safetensors and model.json, as rule train wri
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from cohortvi.cohort.selection import read_list
-from cohortvi.config import Config, Model
+from cohortvi.config import Config, Labels, Model
 from cohortvi.files import read_json
 
 FILES = ("model.safetensors", "model.json")
@@ -69,11 +68,11 @@ def shape_faults(settings: dict[str, Any], model: Model) -> Iterator[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a setting, from a config or from a file, as values that can be compared."""
-    if is_dataclass(value):
-        value = asdict(value)
+    """Return a setting, from a config or from a file, as values that can be compared; of labels, their column."""
+    if isinstance(value, Labels):
+        return value.column
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
+        return value["column"]
     return sorted(value) if isinstance(value, list | tuple) else value
 
 

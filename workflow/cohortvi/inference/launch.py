@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from cohortvi import log
-from cohortvi.config import Model, build
+from cohortvi.config import Model
 from cohortvi.files import read_json, write_json, write_table
 from cohortvi.inference.checkpoint import forget_other_runs, run_folder, save_model
 from cohortvi.inference.mapping import content
 from cohortvi.inference.train import fit
+from cohortvi.typed import build
 
 PATIENCE = 60.0  # seconds that ranks have to end by themselves after one has failed
 PACKAGES = Path(__file__).parents[2]
