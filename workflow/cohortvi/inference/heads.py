@@ -43,6 +43,9 @@ SIGN, MAGNITUDE = i32(31), i32(0x7FFFFFFF)
 
 FACTORS = 8  # of a product before its logarithm is taken: no factor is above 1e30
 SUMMED = 1_000.0  # counts up to here by products, larger ones by lgamma
+FEW = 16.0  # counts up to here as factors of the cell's product
+OVER_FACTORIAL = np.cumprod(1 / np.arange(1, FEW + 1))  # 1 / x!, from x = 1
+LEAST, MOST = 1e-100, 1e100  # a product of two factors in between is a normal number
 
 
 def _cast(source: types.Type, to: types.Type, kind: ir.Type) -> Any:
@@ -107,6 +110,20 @@ def digamma(x: float) -> float:
         x += 1.0
     f = 1.0 / (x * x)
     return r + math.log(x) - 0.5 / x - f * (1 / 12 - f * (1 / 120 - f * (1 / 252 - f * (1 / 240 - f / 132))))
+
+
+@numba.njit(inline="always")
+def few(x: float, theta: float, p: float) -> tuple[float, float]:
+    """Return G(x + theta) / (G(theta) x!) p^x and the slope of `rising`, for a whole number 0 < x <= FEW.
+
+    Of numbers (theta + k) / (k + 1) one product, and one fraction of the sum of 1 / (theta + k), over k < x.
+    """
+    value, above, below = theta * p, 0.0, 1.0
+    for k in range(1, int(x)):
+        above = above * (theta + k) + below
+        below *= theta + k
+        value *= p
+    return value * below * OVER_FACTORIAL[int(x) - 1], 1.0 + theta * above / below
 
 
 @numba.njit(nogil=True)
@@ -187,9 +204,9 @@ def _exponentials(s: Array, e: Array) -> tuple[float, float]:
 
 
 @numba.njit(**ROWS)
-def _log_p(log_r: float, log1p_r: float, inverse: float) -> float:
-    """log(r / (1 + r)), given log r, log(1 + r) and 1 / (1 + r): of large r the difference has no digits left."""
-    return math.log1p(-f64(inverse)) if inverse < HALF else log_r - log1p_r
+def _log_p(log_r: float, inverse: float) -> float:
+    """log(r / (1 + r)) in double precision, given log r and 1 / (1 + r): of large r, log r has no digits of it left."""
+    return math.log1p(-inverse) if inverse < HALF else log_r + math.log(inverse)
 
 
 # A row: logits s, and d of zero inflation; ids and counts of the non-zeros; log of the library; weight of the cell in
@@ -237,16 +254,24 @@ def _nb_row(
     for g in range(len(s)):  # as if all counts were 0
         r = e[g] * scale * inverse_theta[g]
         i = ONE / (ONE + r)
-        inverse[g], t[g], a[g] = i, theta[g] * log1p(r, i), theta[g] * (r * i)
-    found, slope = -f64(_sum(t)), -f64(_sum(a))
+        t[g], a[g] = theta[g] * log1p(r, i), theta[g] * (r * i)
+    found, slope, product = -f64(_sum(t)), -f64(_sum(a)), 1.0
     for j in range(len(ids)):
-        g, x = ids[j], f64(counts[j])
-        value, psi = rising(x, f64(theta[g]), f64(log_theta[g]))
-        log_r = s[g] - log_z + log_library - log_theta[g]
-        found += value + x * _log_p(log_r, t[g] * inverse_theta[g], inverse[g])
-        slope += x * inverse[g]
+        g, x, r = ids[j], f64(counts[j]), f64(e[ids[j]] * scale * inverse_theta[ids[j]])
+        i = 1.0 / (1.0 + r)
+        slope += x * i
+        inverse[g] = f32(i)
+        factor, psi = few(x, f64(theta[g]), r * i) if x <= FEW else (0.0, 0.0)
+        if not LEAST < factor < MOST:
+            value, psi = rising(x, f64(theta[g]), f64(log_theta[g]))
+            found += value + x * _log_p(s[g] - log_z + log_library - log_theta[g], i)
+            factor = 1.0
+        product *= factor
+        if not LEAST < product < MOST:
+            found, product = found + math.log(product), 1.0
         if is_trained:
-            dtheta[g] -= f32(weight * (psi - x * inverse[g]))
+            dtheta[g] -= f32(weight * (psi - x * i))
+    found += math.log(product)
     if is_trained:
         w, q = f32(weight), f32(slope / z)
         for g in range(len(s)):
@@ -275,7 +300,7 @@ def _zinb_row(
     (s, d), (ids, counts), (theta, inverse_theta, log_theta) = s, nonzero, thetas
     n = len(s)
     e, a, t, p = scratch[0][:n], scratch[1][:n], scratch[2][:n], scratch[3][:n]
-    c, ll, zi, pi = scratch[4][:n], scratch[5][:n], scratch[6][:n], scratch[7][:n]
+    c, ll, zi, pi, rest = scratch[4][:n], scratch[5][:n], scratch[6][:n], scratch[7][:n], scratch[8][:n]
     z, log_z = _exponentials(s, e)
     scale = f32(math.exp(log_library) / z)
     for g in range(n):
@@ -289,14 +314,21 @@ def _zinb_row(
         c[g] = counted * both  # the probability that the zero is one of the NB's
         a[g], ll[g] = c[g] * p[g], log(alone * (inflated + counted))
         pi[g], zi[g] = inflated * alone, -u * alone * both * decayed(t[g], v)
+        rest[g] = alone if d[g] <= 0 else u * alone  # 1 - pi, with all its digits
+    found, product = 0.0, 1.0
     for j in range(len(ids)):
-        g, x = ids[j], f64(counts[j])
-        i = ONE / (ONE + e[g] * scale * inverse_theta[g])
-        value, psi = rising(x, f64(theta[g]), f64(log_theta[g]))
-        log_r = s[g] - log_z + log_library - log_theta[g]
-        log_counted = log(ONE - pi[g]) if d[g] <= 0 else log(pi[g]) - d[g]
-        ll[g] = value + x * _log_p(log_r, t[g] * inverse_theta[g], i) - t[g] + log_counted
-        a[g], c[g], zi[g] = p[g] - x * i, ONE, pi[g]
+        g, x, r = ids[j], f64(counts[j]), f64(e[ids[j]] * scale * inverse_theta[ids[j]])
+        i, counted = 1.0 / (1.0 + r), f64(rest[g])
+        factor, psi = few(x, f64(theta[g]), r * i) if x <= FEW else (0.0, 0.0)
+        factor *= counted
+        if not LEAST < factor < MOST:
+            value, psi = rising(x, f64(theta[g]), f64(log_theta[g]))
+            found += value + x * _log_p(s[g] - log_z + log_library - log_theta[g], i)
+            factor = counted
+        product *= factor
+        if not LEAST < product < MOST:
+            found, product = found + math.log(product), 1.0
+        ll[g], a[g], c[g], zi[g] = -t[g], p[g] - f32(x * i), ONE, pi[g]
         if is_trained:
             dtheta[g] -= f32(weight * (psi - x * i))
     slope = -f64(_sum(a))
@@ -305,7 +337,7 @@ def _zinb_row(
         for g in range(n):
             s[g], d[g] = w * (a[g] + e[g] * q), w * zi[g]
             dtheta[g] -= w * c[g] * (p[g] - t[g])
-    return -f64(_sum(ll)), -weight * slope
+    return -(found + math.log(product) + f64(_sum(ll))), -weight * slope
 
 
 @numba.njit(**LOOPS)
@@ -342,7 +374,7 @@ def nb_head(
     theta, parts = np.exp(log_theta), len(dtheta)
     inverse = ONE / theta
     for part in numba.prange(parts):
-        scratch = _aligned(8, logits.shape[1])
+        scratch = _aligned(9, logits.shape[1])
         for n in range(len(nll) * part // parts, len(nll) * (part + 1) // parts):
             row, nonzero = rows[n], (ids[indptr[n] : indptr[n + 1]], counts[indptr[n] : indptr[n + 1]])
             thetas = (theta[row], inverse[row], log_theta[row])

@@ -34,13 +34,17 @@ def sparse_counts(indptr: Tensor, indices: Tensor, data: Tensor, n_genes: int) -
     return SparseCounts(indptr, indices, data, n_genes, log1p, library_n)
 
 
-def take_rows(x: Counts, rows: Tensor) -> Counts:
-    """Return some cells' counts, in the order of `rows`."""
+def take_rows(x: Counts, rows: Tensor | slice) -> Counts:
+    """Return some cells' counts, in the order of `rows`; those of a slice start:stop lie where x has them."""
     if not isinstance(x, SparseCounts):
         return x[rows]
-    sizes = x.indptr.diff()[rows]
-    indptr = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    at = torch.arange(int(indptr[-1])) + torch.repeat_interleave(x.indptr[rows] - indptr[:-1], sizes)
+    if isinstance(rows, slice):
+        indptr = x.indptr[rows.start : rows.stop + 1]
+        at, indptr = slice(int(indptr[0]), int(indptr[-1])), indptr - indptr[0]
+    else:
+        sizes = x.indptr.diff()[rows]
+        indptr = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        at = torch.arange(int(indptr[-1])) + torch.repeat_interleave(x.indptr[rows] - indptr[:-1], sizes)
     return SparseCounts(indptr, x.indices[at], x.data[at], x.n_genes, x.log1p[at], x.library_n[rows])
 
 

@@ -25,7 +25,7 @@ class Cells(NamedTuple):
 
     def part(self, start: int, stop: int) -> "Cells":
         """Return cells start:stop."""
-        rows = torch.arange(start, stop)
+        rows = slice(start, stop)
         return Cells(take_rows(self.x, rows), self.covariates.take(rows), self.obs.iloc[start:stop])
 
 
