@@ -8,11 +8,13 @@ conservation, batch correction, and total, 0.6 of the first and 0.4 of the secon
 held-out cells, nats per cell (quality_methods.py). Semi-supervised models are told the types of the cells that are not
 held out, by which they are then scored. Types of covid are transferred from Kang (cohorts.py), and no truth.
 
-Each (cohort, method, seed) is a file in benchmarks/out/quality, taken from there when the command runs again; the table
-is made of what is there. Means and standard deviations over seeds; `minus scVI`: of the same seed, mean and deviation.
+Each (cohort, method, seed) is a line of benchmarks/quality.csv, which is kept with the code: the command makes what is
+not there, and what is of other settings or versions anew, and the table is made of what is there. Means and standard
+deviations over seeds; `minus scVI`: of the same seed, mean and deviation.
 """
 
 import argparse
+import fcntl
 import itertools
 import logging
 import os
@@ -26,12 +28,14 @@ import numpy as np
 import pandas as pd
 import torch
 from cohorts import COHORTS, transferred_types
-from quality_methods import METHODS, ROOT, Found, Task, why_not
+from quality_methods import METHODS, ROOT, Found, Task, made_by, why_not
 from threadpoolctl import threadpool_limits
 
-from cohortvi.files import read_json, replacing, write_json
+from cohortvi.files import replacing
 
-OUT = ROOT / "benchmarks/out/quality"
+KEPT = ROOT / "benchmarks/quality.csv"
+OUT = ROOT / "benchmarks/out/quality"  # models of scvi-tools, and what --epochs makes
+KEYS = ["cohort", "method", "seed"]
 NAMES = ["mixology", "covid", "onek1k", "kang"]
 SCORED = 8000  # most cells that scib-metrics sees
 SHOWN = {"Bio conservation": 3, "Batch correction": 3, "Total": 3, "Leiden ARI": 3, "Leiden NMI": 3, "log p(x)": 1}
@@ -62,27 +66,39 @@ def scores(latent_nk: np.ndarray, task: Task) -> dict[str, float]:
     return {name: float(value) for name, value in judge.get_results().loc["latent"].items()}
 
 
-def place(cohort: str, method: str, seed: int, out: Path) -> Path:
-    """Return the file of a result."""
-    return out / f"{cohort}-{method.replace(' ', '_')}-{seed}.json"
+def read_kept(kept: Path) -> pd.DataFrame:
+    """Return the results that are there: KEYS, made_by, seconds, log p(x) and scores."""
+    return pd.read_csv(kept) if kept.exists() else pd.DataFrame(columns=[*KEYS, "made_by"])
 
 
-def run(cohorts: list[str], methods: list[str], seeds: list[int], epochs: int | None, out: Path) -> None:
+def keep(result: dict[str, str | float], kept: Path) -> None:
+    """Put a result among those that are there, in place of an older one; other processes may do the same."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with kept.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = pd.concat([read_kept(kept), pd.DataFrame([result])]).drop_duplicates(KEYS, keep="last").sort_values(KEYS)
+        with replacing(kept) as path:
+            rows.to_csv(path, index=False, float_format="%.6g")
+
+
+def run(cohorts: list[str], methods: list[str], seeds: list[int], epochs: int | None, kept: Path) -> None:
     """Make the results that are not there; tell of each that is made or cannot be."""
     for cohort, seed in itertools.product(cohorts, seeds):
-        todo = [method for method in methods if not place(cohort, method, seed, out).exists()]
+        rows = read_kept(kept)
+        there = set(zip(*(rows[name] for name in (*KEYS, "made_by")), strict=True))
+        todo = [method for method in methods if (cohort, method, seed, made_by(method)) not in there]
         if not todo:
             continue
         cells = read(cohort)
         with tempfile.TemporaryDirectory() as folder:
-            task = Task(cells, seed, Path(folder), out / f"{cohort}-scvi-{seed}", epochs)
+            task = Task(cells, seed, Path(folder), OUT / f"{cohort}-scvi-{seed}-{epochs or 'all'}", epochs)
             for method in todo:
                 reason = why_not(method)
                 if reason:
                     print(f"{cohort}, {method}, seed {seed}: left out, {reason}", flush=True)
                     continue
                 result = one(task, cohort, method)
-                write_json(result, place(cohort, method, seed, out))
+                keep(result, kept)
                 told = {name: round(result[name], places) for name, places in SHOWN.items() if name in result}
                 print(f"{cohort}, {method}, seed {seed}: {told}, {result['seconds']:.0f} s", flush=True)
 
@@ -91,16 +107,15 @@ def one(task: Task, cohort: str, method: str) -> dict[str, str | float]:
     """Return one result."""
     found: Found = METHODS[method](task)
     log_p = {} if found.log_p is None else {"log p(x)": found.log_p}
-    facts = {"cohort": cohort, "method": method, "seed": task.seed, "seconds": found.seconds}
+    facts = {"cohort": cohort, "method": method, "seed": task.seed, "made_by": made_by(method)}
+    facts |= {"seconds": found.seconds}
     return facts | log_p | scores(found.latent_nk, task)
 
 
-def collect(cohorts: list[str], methods: list[str], seeds: list[int], out: Path) -> pd.DataFrame:
+def collect(cohorts: list[str], methods: list[str], seeds: list[int], kept: Path) -> pd.DataFrame:
     """Return a row for each result that is there, with the differences to REFERENCE of the same seed."""
-    paths = [place(*which, out) for which in itertools.product(cohorts, methods, seeds)]
-    rows = pd.DataFrame([read_json(path) for path in paths if path.exists()])
-    if rows.empty:
-        return rows
+    rows = read_kept(kept)
+    rows = rows[rows["cohort"].isin(cohorts) & rows["method"].isin(methods) & rows["seed"].isin(seeds)]
     keys, compared = ["cohort", "seed"], ["Total", "log p(x)"]
     rows = rows.reindex(columns=[*rows.columns, *(name for name in compared if name not in rows)])
     reference = rows.loc[rows["method"] == REFERENCE, [*keys, *compared]]
@@ -128,7 +143,7 @@ def spread(values: pd.Series, places: int) -> str:
 
 
 def main() -> None:
-    """Make what is missing, then print the tables and write all rows."""
+    """Make what is missing, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cohorts", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
@@ -142,16 +157,14 @@ def main() -> None:
     for name in (*quiet, "cohortvi", "harmonypy"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    out = OUT if arguments.epochs is None else OUT / f"{arguments.epochs}_epochs"
+    kept = KEPT if arguments.epochs is None else OUT / f"{arguments.epochs}_epochs.csv"
     which = arguments.cohorts, arguments.methods, arguments.seeds
     if not arguments.table:
         with threadpool_limits(1):
-            run(*which, arguments.epochs, out)
-    rows = collect(*which, out)
+            run(*which, arguments.epochs, kept)
+    rows = collect(*which, kept)
     if rows.empty:
-        raise SystemExit(f"{out}: found no result; run the command without --table")
-    with replacing(out / "quality.parquet") as path:
-        rows.to_parquet(path)
+        raise SystemExit(f"{kept}: found no result; run the command without --table")
     for cohort in arguments.cohorts:
         print(f"\n{cohort}\n\n{table(rows[rows['cohort'] == cohort], arguments.methods).to_markdown()}")
 

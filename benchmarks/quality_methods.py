@@ -9,8 +9,9 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from cohortvi.config import Model
-from cohortvi.files import replacing
+from cohortvi.files import digest, replacing
 from cohortvi.inference.bounds import LogJoint, importance, log_weights
 from cohortvi.inference.networks import Covariates
 from cohortvi.inference.posteriors import DiagonalGaussian, Posterior, standard_normal_log_prob
@@ -131,10 +132,15 @@ def harmony(task: Task) -> Found:
     return Found(corrected if len(corrected) == len(components) else corrected.T, None, time.process_time() - began)
 
 
+def settings(changes: dict[str, Any]) -> Model:
+    """Return the settings of config.yaml but for `changes`."""
+    values = yaml.safe_load((ROOT / "config/config.yaml").read_text())["models"]["nb"]
+    return replace(build(Model, values | changes), device="cpu")
+
+
 def ours(changes: dict[str, Any], task: Task) -> Found:
     """Our model with the settings of config.yaml but for `changes`, on one thread."""
-    values = yaml.safe_load((ROOT / "config/config.yaml").read_text())["models"]["nb"]
-    model = replace(build(Model, values | changes), device="cpu")
+    model = settings(changes)
     model = replace(model, max_epochs=min(task.epochs or model.max_epochs, model.max_epochs))
     began = time.process_time()
     with tempfile.TemporaryDirectory(dir=task.scratch) as folder:
@@ -265,6 +271,16 @@ METHODS: dict[str, Callable[[Task], Found]] = {
     "scVI": scvi,
     "scANVI": scanvi,
 }
+
+
+PACKAGES = {"PCA": "scanpy", "Harmony": "harmonypy", "scVI": "scvi-tools", "scANVI": "scvi-tools"}
+
+
+def made_by(method: str) -> str:
+    """Return what a method's results follow from, beside cohort and seed: a package's version, or our settings."""
+    if method in PACKAGES:
+        return f"{PACKAGES[method]} {version(PACKAGES[method])}"
+    return f"cohortvi {digest(asdict(settings(OURS[method])))[:8]}"
 
 
 def why_not(method: str) -> str | None:
