@@ -47,11 +47,14 @@ unlock: setup ## take away the lock that a killed run left behind
 verify: setup ## read all stores under results/store, or STORE=path, and name what is damaged and how to repair it
 	$(BIN)/python -m cohortvi.store.verify "$(STORE)"
 
+# Two processes, each with whole files, since their fixtures are long.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.test ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 test-fast: $(VENV)/.test ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
 test-kill: $(VENV)/.test ## kill -9 during every rule of the demo; the results must not differ
 	$(BIN)/python -m pytest tests/test_kill.py --kills 20

@@ -1,5 +1,6 @@
 """What tests share: the package and the workflow's root, the folder of real cohorts, small configs."""
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -14,6 +15,11 @@ ROOT = Path(__file__).parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often test_kill.py kills the demo")
+
+
+def pytest_collection_modifyitems(items):
+    # It waits most: first, so that the other process goes through the rest meanwhile.
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +55,13 @@ def demo_config(demo_values, config_schema) -> Config:
 
 @pytest.fixture(scope="session")
 def undisturbed_demo(tmp_path_factory) -> Path:
-    """A clone in which the demo ran from beginning to end, to compare others with."""
-    clone = demo_clone(tmp_path_factory.mktemp("undisturbed") / "clone")
-    run(clone, tiny=False)
+    """A clone in which the demo ran from beginning to end, to compare others with; one for all of xdist's processes."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    clone, done = folder / "undisturbed", folder / "undisturbed.done"
+    with (folder / "undisturbed.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            run(demo_clone(clone), tiny=False)
+            done.touch()
     return clone
