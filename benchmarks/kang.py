@@ -88,10 +88,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     values = yaml.safe_load((ROOT / "config/config.yaml").read_text())["models"]["nb"]
-    every_epoch = EarlyStopping(patience=arguments.epochs, min_delta=0.0)
+    every_epoch = EarlyStopping(patience=1.0, min_delta=0.0)
     # No warm-up, decay or clipping, which scvi-tools has not: what is compared are the models, not the schedules.
     plain = {"batch_size": REFERENCE_BATCH, "learning_rate_warmup": 0.0, "learning_rate_decay": 0.0, "clip": None}
-    plain |= {"kl_warmup": 0.5, "max_epochs": arguments.epochs, "early_stopping": every_epoch, "device": "cpu"}
+    plain |= {"kl_warmup": 0.5, "max_epochs": arguments.epochs, "min_steps": 0, "early_stopping": every_epoch}
+    plain |= {"encode_covariates": False, "device": "cpu"}
     defaults = replace(build(Model, values), **plain)
     cells = read_kang()
     scvi.model.SCVI.setup_anndata(cells, batch_key="sample")

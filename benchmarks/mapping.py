@@ -95,7 +95,7 @@ def main() -> None:
     config = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     model = replace(build(Model, config["models"]["nb"]), device="cpu")
     if arguments.epochs:
-        model = replace(model, max_epochs=arguments.epochs)
+        model = replace(model, max_epochs=arguments.epochs, min_steps=0)
     print(pd.concat([measure(name, model) for name in arguments.cohorts]).round(3).to_markdown(index=False))
 
 

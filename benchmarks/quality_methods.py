@@ -141,7 +141,8 @@ def settings(changes: dict[str, Any]) -> Model:
 def ours(changes: dict[str, Any], task: Task) -> Found:
     """Our model with the settings of config.yaml but for `changes`, on one thread."""
     model = settings(changes)
-    model = replace(model, max_epochs=min(task.epochs or model.max_epochs, model.max_epochs))
+    if task.epochs is not None:
+        model = replace(model, max_epochs=min(task.epochs, model.max_epochs), min_steps=0)
     began = time.process_time()
     with tempfile.TemporaryDirectory(dir=task.scratch) as folder:
         vae, _, facts = fit(*task.shards, model, sheet={}, seed=task.seed, checkpoints=Path(folder), threads=1)

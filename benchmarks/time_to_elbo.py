@@ -72,7 +72,7 @@ def our_epochs(
     began = time.process_time()
     setup, run = prepare(*shards, model, sheet={}, seed=seed, threads=1)
     seconds = time.process_time() - began
-    judged = new_scvi(cells, 0, gene_likelihood=model.likelihood)
+    judged = new_scvi(cells, 0, gene_likelihood=model.likelihood, encode_covariates=model.encode_covariates)
     if list(setup.columns.batches) != list(cells.obs["sample"].cat.categories):
         raise ValueError("our batches are not in scvi-tools' order: our weights would be judged with others' batches")
     while not run.finished:

@@ -80,8 +80,8 @@ class Trainer:
     def fit(self, indices: np.ndarray, epochs: int, batch_size: int, warmup_epochs: int) -> None:
         """Train on the cells of these numbers."""
         paths = self.shards(np.asarray(indices), "fit")
-        settings = {"max_epochs": epochs, "kl_warmup": warmup_epochs / epochs}
-        model = replace(self.settings(batch_size), early_stopping=EarlyStopping(epochs, 0.0), **settings)
+        settings = {"max_epochs": epochs, "min_steps": 0, "kl_warmup": warmup_epochs / epochs}
+        model = replace(self.settings(batch_size), early_stopping=EarlyStopping(1.0, 0.0), **settings)
         checkpoints = Path(self.folder.name) / "checkpoints"
         common = {"sheet": {}, "seed": self.seed, "checkpoints": checkpoints, "threads": self.threads}
         self.vae, _, _ = fit(paths["train"], paths["validation"], model, **common)
@@ -95,5 +95,6 @@ def make_trainer(adata: ad.AnnData, batch_key: str, likelihood: str, threads: in
     """Return our model with the settings of config.yaml, but for these."""
     torch.set_num_threads(threads)
     settings = yaml.safe_load((ROOT / "config/config.yaml").read_text())["models"]["nb"]
-    model = build(Model, settings | {"likelihood": likelihood, "learning_rate": lr, "device": "cpu"})
+    changes = {"likelihood": likelihood, "learning_rate": lr, "device": "cpu", "encode_covariates": False}
+    model = build(Model, settings | changes)  # an encoder that scvi-tools' default module has the weights of
     return Trainer(adata, batch_key, model, threads, seed)

@@ -218,6 +218,7 @@ def _facts(model: str, history: pd.DataFrame, best: int, kept: pd.DataFrame, fak
         "n_parameters": 274_708,
         "n_steps": int(history["step"].iloc[-1]),
         "n_epochs": len(history),
+        "planned_epochs": len(history),
         "kl_weight": 1.0,
         "best_epoch": best,
         "best_validation_elbo": float(history["validation_elbo"].iloc[best - 1]),

@@ -17,12 +17,13 @@ from cohortvi.config import Gap, Limit, Limits
 from cohortvi.inference.checkpoint import save_model
 from cohortvi.inference.covariates import SAMPLE
 from cohortvi.inference.gap import gap, khat
+from cohortvi.inference.gap_summary import ALIKE, excess_gap
 from cohortvi.inference.subset import draw_cells, shares
 from cohortvi.inference.train import fit
 from cohortvi.store.sharded import ShardedCounts
 
-NAMES = ("amortization_gap", "amortization_gap_p99", "encoder_overfit", "unreliable_share")
-SETTINGS = Gap(cells=50, steps=60, draws=200, limits=Limits(*[Limit(None, None)] * 4))
+NAMES = ("amortization_gap", "amortization_gap_p99", "encoder_overfit", "unreliable_share", "group_excess")
+SETTINGS = Gap(cells=50, steps=60, draws=200, limits=Limits(*[Limit(None, None)] * 5))
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +180,30 @@ def test_the_draw_is_spread_over_samples_and_stores(cohort):
 def test_khat_is_the_shape_of_pareto_weights(shape):
     u_sn = torch.rand(20_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert khat(-shape * u_sn.log()).numpy() == pytest.approx(shape, abs=0.12)
+
+
+def test_a_group_stands_out_by_its_gap_at_equal_depth_and_depth_alone_does_not():
+    r = np.random.default_rng(0)
+    deep, n = np.repeat([False, True], 1000), 2000
+    n_counts = np.where(deep, 4000, 400) * r.lognormal(0, 0.3, n)
+    table = pd.DataFrame({"split": np.tile(["train", "validation"], n // 2), "n_counts": n_counts})
+    table["amortization_gap"] = 2 + n_counts / 1000 + r.normal(0, 0.5, n)
+    is_odd = (table["split"] == "validation") & ~deep & (r.random(n) < 0.1)
+    table["amortization_gap"] += np.where(is_odd, 2.0, 0.0)  # less than depth makes
+    excess = excess_gap(table)
+    assert table["amortization_gap"][deep].mean() > table["amortization_gap"][is_odd].mean() + 1
+    assert excess[is_odd].mean() == pytest.approx(2, abs=0.3)
+    assert np.abs([excess[deep].mean(), excess[~deep & ~is_odd].mean()]).max() < 0.1
+
+
+def test_the_excess_of_a_cell_is_over_the_mean_of_training_cells_of_about_as_many_counts():
+    r = np.random.default_rng(1)
+    table = pd.DataFrame({"split": r.choice(["train", "validation"], 300), "n_counts": r.integers(1, 10_000, 300)})
+    table["amortization_gap"] = r.gamma(2, 1, 300)
+    training = table[table["split"] == "train"].sort_values("n_counts", kind="stable", ignore_index=True)
+    found = table["amortization_gap"] - excess_gap(table)
+    for at, expected in found.items():
+        below = (training["n_counts"] < table["n_counts"][at]).sum()
+        first = np.clip(below - ALIKE // 2, 0, len(training) - ALIKE)
+        near = training.iloc[first : first + ALIKE]
+        assert near["amortization_gap"].mean() == pytest.approx(expected)

@@ -309,7 +309,7 @@ def test_old_cells_keep_their_places_and_all_that_follows_takes_the_codes_right(
     for name in ("X_latent", "X_latent_std"):
         np.testing.assert_array_equal(latents[0].obsm[name], latents[1].obsm[name])
     splits = {split: manifests(grown, split) for split in ("train", "validation")}
-    few = Gap(cells=60, steps=10, draws=100, limits=Limits(*[Limit(None, None)] * 4))
+    few = Gap(cells=60, steps=10, draws=100, limits=Limits(*[Limit(None, None)] * 5))
     counts = sorted((grown / "counts").glob("*.json"))
     table, found = gap(tmp_path / "model.safetensors", splits, counts, few, sheet={}, seed=0, threads=1)
     held_out = table[table["split"] == "validation"]

@@ -37,7 +37,7 @@ def values(thresholds: dict, **sections) -> dict:
         },
         "genes": {"n_top": 1000, "span": 0.5},
         "store": {"shards": 2},
-        "models": {"nb": {"max_epochs": 15}},
+        "models": {"nb": {"max_epochs": 15, "min_steps": 0}},
         "gap": {"cells": 100, "steps": 50, "draws": 100},
         "atlas": {"metrics": {"truth": None}},
         "report": {"color_by": []},
@@ -115,7 +115,10 @@ def test_pbmc3k_as_one_sample(test_data, tmp_path):
     path = test_data / "pbmc3k/pbmc3k.h5ad"
     sheet = pd.DataFrame([("pbmc3k", path)], columns=["sample", "path"])
     thresholds = {"n_genes_by_counts": {"above": 200, "below": 2500}, "pct_counts_mt": {"below": 5}}
-    sections = {"cohort": {"batch_key": [], "keep_obs": ["cell_type"]}, "models": {"nb": {"max_epochs": 40}}}
+    sections = {
+        "cohort": {"batch_key": [], "keep_obs": ["cell_type"]},
+        "models": {"nb": {"max_epochs": 40, "min_steps": 0}},
+    }
     settings = values(thresholds, **sections)
     settings["qc"]["symbols"] = "symbol"
     clone = cohort_clone(tmp_path / "clone", sheet, settings)
@@ -152,7 +155,7 @@ def test_sc_mixology_by_an_inner_and_an_outer_join_of_the_protocols_genes(test_d
     sheet, whole = mixology_sheet(test_data, tmp_path)
     labels = {"column": "cell_type", "unknown": ["NA"], "weight": 50}
     sections = {"cohort": {"batch_key": ["sample"], "keep_obs": ["cell_type"], "join": "inner"},
-                "models": {"nb": {"max_epochs": 40, "prior": "mixture", "labels": labels}}}  # fmt: skip
+                "models": {"nb": {"max_epochs": 40, "min_steps": 0, "prior": "mixture", "labels": labels}}}  # fmt: skip
     clone = cohort_clone(tmp_path / "clone", sheet, values({}, **sections))
     run(clone)
     parts = [whole[whole.obs["batch"] == name].X for name in MIXOLOGY]

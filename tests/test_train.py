@@ -157,11 +157,26 @@ def test_the_model_returned_is_the_one_of_the_best_validation_elbo(cohort, tmp_p
 
 
 def test_early_stopping_counts_epochs_after_the_warm_up_alone(cohort, tmp_path):
-    model = dataclasses.replace(MODEL, max_epochs=8, early_stopping=EarlyStopping(patience=2, min_delta=1e9))
+    model = dataclasses.replace(MODEL, max_epochs=8, early_stopping=EarlyStopping(patience=0.25, min_delta=1e9))
     history = run(cohort, tmp_path, model)[1]
     # weight 1 is reached with the last step of epoch 4, which sets the mark; 5 and 6 do not better it
     assert history["kl_weight"].eq(1).sum() == 3
     assert len(history) == 6
+
+
+def test_small_cohorts_are_planned_for_more_epochs_but_not_without_end(cohort):
+    splits = manifests(cohort, "train"), manifests(cohort, "validation")
+
+    def planned(**changes: object) -> tuple[int, int, int]:
+        model = dataclasses.replace(MODEL, **changes)
+        setup, state = prepare(*splits, model, sheet={}, seed=0, threads=1)
+        return setup.epochs, setup.planned, state.loader.n_steps(0)
+
+    _, _, steps = planned()
+    assert planned(max_epochs=6, min_steps=6 * steps)[:2] == (6, 6 * steps)
+    assert planned(max_epochs=6, min_steps=6 * steps + 1)[:2] == (7, 7 * steps)
+    assert planned(max_epochs=6, min_steps=1_000_000)[0] == 400
+    assert planned(max_epochs=500, min_steps=1_000_000)[0] == 500
 
 
 @pytest.mark.parametrize("likelihood", ["zinb", "poisson"])

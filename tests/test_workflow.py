@@ -249,7 +249,7 @@ def test_new_samples_are_mapped_onto_a_frozen_model_and_old_cells_stay_in_their_
     reference = {"path": "references/nb", "surgery": True}
     settings = yaml.safe_load((clone / "config/config.yaml").read_text())["models"]["nb"]
     changes = {"genes": {"frozen": "references/nb/model.json", "span": 0.5, "n_top": 150}}
-    nb = {"max_epochs": 4, "n_hidden": 32}
+    nb = {"max_epochs": 4, "min_steps": 0, "n_hidden": 32}
     mapped = settings | nb | {"reference": reference, "kl_warmup": 0}
     change(clone, lambda values: values.update(changes | {"models": {"nb": nb, "mapped": mapped | {"n_latent": 7}}}))
     refused = run(clone, "--dry-run", check=False)

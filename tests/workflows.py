@@ -33,7 +33,7 @@ TINY = {
     "genes": {"n_top": 150, "span": 0.5},
     "qc": {"gate": {"min_cells": 20, "min_median_genes": 10}, "doublets": {"min_cells": 50}},
     "store": {"shards": 2},
-    "models": {"nb": {"max_epochs": 4, "n_hidden": 32}},
+    "models": {"nb": {"max_epochs": 4, "min_steps": 0, "n_hidden": 32}},
     "gap": {"cells": 50, "steps": 30, "draws": 100},
     "likelihood": {"draws": 10},
     "atlas": {"clusters": {"resolutions": [0.5], "shown": 0.5}, "embed": {"samples": 2}},

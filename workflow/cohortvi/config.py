@@ -83,7 +83,7 @@ class Store:
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    patience: int
+    patience: float
     min_delta: float
 
 
@@ -128,6 +128,7 @@ class Model:
     clip: float | None
     weight_decay: float
     max_epochs: int
+    min_steps: int
     kl_warmup: float
     early_stopping: EarlyStopping
     checkpoint_minutes: float
@@ -148,6 +149,7 @@ class Limits:
     amortization_gap_p99: Limit
     encoder_overfit: Limit
     unreliable_share: Limit
+    group_excess: Limit
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from cohortvi.config import Gap, Limit
@@ -18,12 +19,15 @@ UNRELIABLE = 0.7  # k-hat of importance weights that cannot be trusted
 ACTIVE = 0.01  # variance over cells of the posterior means of an active unit (Burda et al. 2016, section 5.2)
 WORST = 20  # cells told by name
 FEWEST = 5  # cells of a group that is told
+SURE = 3.0  # standard errors
+ALIKE = 50  # training cells of about as many counts, whose gaps a cell's is compared with
 
 
 def summary(
     table: pd.DataFrame, curves: list[dict[str, Any]], latent: dict[str, list[float]], settings: Gap
 ) -> dict[str, Any]:
     """Return what gap.json holds. `table`: a row a cell, as `gap.gap` makes it. Limits are those of held-out cells."""
+    table = table.assign(excess_gap=excess_gap(table))
     splits = {split: _of_cells(part) for split, part in table.groupby("split", observed=True)}
     latent = {**latent, "active_units": sum(value > ACTIVE for value in latent["variance"])}
     overfit = {
@@ -40,13 +44,32 @@ def summary(
         "worst": worst[["cell", SAMPLE, "split", "n_counts", "amortization_gap", "khat"]].to_dict("records"),
     }
     held_out = splits["validation"]
+    odd = max(found["groups"], key=_least_excess, default=None)
     values = {
         "amortization_gap": held_out["amortization_gap"]["mean"],
         "amortization_gap_p99": held_out["amortization_gap"]["p99"],
         "encoder_overfit": overfit["mean"],
         "unreliable_share": held_out["unreliable_share"],
+        "group_excess": 0.0 if odd is None else _least_excess(odd),
     }
-    return found | {"limits": [_judge(name, value, getattr(settings.limits, name)) for name, value in values.items()]}
+    limits = [_judge(name, value, getattr(settings.limits, name)) for name, value in values.items()]
+    if odd and limits[-1]["verdict"] != "ok":
+        logger.warning("gap: that is of %s %s, %d cells", odd["column"], odd["value"], odd["cells"])
+    return found | {"limits": limits}
+
+
+def excess_gap(table: pd.DataFrame) -> np.ndarray:
+    """Return by how much each cell's amortization gap is above the mean of training cells of about as many counts.
+
+    The gap grows with the counts, whatever the cell. What is left is what the encoder does not know of cells like this:
+    of a type that was not trained on it is large. Columns split, n_counts, amortization_gap; nats, (n,).
+    """
+    training = table[table["split"] == "train"].sort_values("n_counts", kind="stable")
+    width = min(ALIKE, len(training))
+    sums = np.concatenate([[0.0], training["amortization_gap"].cumsum()])
+    means = (sums[width:] - sums[:-width]) / width
+    at = np.searchsorted(training["n_counts"], table["n_counts"]) - width // 2
+    return table["amortization_gap"].to_numpy() - means[at.clip(0, len(means) - 1)]
 
 
 def label_summary(table: pd.DataFrame, column: str, labels: Sequence[str]) -> dict[str, Any]:
@@ -87,8 +110,14 @@ def _groups(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
         for (split, value), cells in table.groupby(["split", column], observed=True, sort=True):
             if len(cells) >= FEWEST:
                 row = {"column": column, "value": value, "split": split, "cells": len(cells)}
-                row |= {name: float(cells[name].mean()) for name in ("elbo", "log_p", *GAPS, "ess")}
+                row |= {name: float(cells[name].mean()) for name in ("elbo", "log_p", *GAPS, "ess", "excess_gap")}
+                row["excess_se"] = float(cells["excess_gap"].std(ddof=1)) / math.sqrt(len(cells))
                 yield row | {"unreliable_share": float((cells["khat"] > UNRELIABLE).mean())}
+
+
+def _least_excess(group: dict[str, Any]) -> float:
+    """Return what the excess gap of a group's held-out cells is at least: its mean less SURE standard errors."""
+    return group["excess_gap"] - SURE * group["excess_se"] if group["split"] == "validation" else -math.inf
 
 
 def _judge(name: str, value: float, limit: Limit) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from cohortvi.store.sharded import ShardedCounts
 ADAM_EPS = 0.01
 LEAST_LABELS = 2
 EVALUATED_CELLS = 1024  # cells at a time in validation
+MOST_EPOCHS = 400  # that `min_steps` makes of a cohort
 # Uses of random numbers, each with its own stream.
 INIT, TRAINING, VALIDATION, GAP, DIFFERENTIAL, EMBED, EXPRESSION, LIKELIHOOD = range(8)
 
@@ -52,7 +53,8 @@ class Setup:
     columns: Columns
     tables: dict[str, Tensor]  # covariates of the sheet, for each category of `sample`
     device: torch.device
-    planned: int  # steps of max_epochs epochs; 0 if nothing is trained
+    epochs: int  # as planned; 0 if nothing is trained
+    planned: int  # steps of them
     shards: str  # digest of the manifests
     codes: dict[str, Tensor]  # of the stores' own, for each column of which the model has others
     task: Task
@@ -111,8 +113,10 @@ def prepare(
     loader = Loader(stores[0], batch_size=model.batch_size, where=task.where if task.n_obs else None, **common)
     held_out = Loader(stores[1], batch_size=EVALUATED_CELLS, shuffle=False, where=task.where, **common)
     run = Run(vae, _optimizer(vae.to(device), model, task.only), loader)
-    planned = model.max_epochs * loader.n_steps(0) if task.n_obs else 0
-    setup = Setup(model, seed, stores[0], held_out, columns, tables, device, planned, shards, codes, task)
+    steps = loader.n_steps(0)
+    epochs = max(model.max_epochs, min(-(-model.min_steps // steps), MOST_EPOCHS)) if task.n_obs else 0
+    plan = epochs, epochs * steps
+    setup = Setup(model, seed, stores[0], held_out, columns, tables, device, *plan, shards, codes, task)
     return setup, run
 
 

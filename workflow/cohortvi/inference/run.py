@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from cohortvi.config import EarlyStopping
 from cohortvi.inference.adam import Adam
 from cohortvi.inference.checkpoint import Tensors
 from cohortvi.inference.vae import VAE
@@ -50,7 +49,7 @@ class Run:
             self.sums["seconds"] += now - began
             began = now
 
-    def judge(self, elbo: float, limits: EarlyStopping) -> bool:
+    def judge(self, elbo: float, patience: int, min_delta: float) -> bool:
         """Keep the weights if no epoch was better; return whether `patience` epochs have not gained `min_delta`.
 
         `elbo` is the validation ELBO of the epoch just ended. Only for epochs that end with KL weight 1.
@@ -58,11 +57,11 @@ class Run:
         if self.best_elbo is None or elbo > self.best_elbo:
             self.best_elbo, self.best_epoch = elbo, len(self.history)
             self.best_weights = {name: value.clone() for name, value in self.vae.state_dict().items()}
-        if self.anchor is None or elbo > self.anchor + limits.min_delta:
+        if self.anchor is None or elbo > self.anchor + min_delta:
             self.anchor, self.waited = elbo, 0
         else:
             self.waited += 1
-        return self.waited >= limits.patience
+        return self.waited >= patience
 
     def judge_reference(self, validation: dict[str, float], *, is_trained: bool) -> None:
         """Take the weights that a mapped model begins with as the best so far; if nothing is trained, as the last."""

@@ -158,10 +158,12 @@ def close_epoch(setup: Setup, run: Run, validation: dict[str, float]) -> None:
         | {"peak_memory_mb": peak_memory_mb()}
     )
     # Below weight 1 the ELBO is not what is optimised: such epochs neither stop the run nor give the weights.
-    stop = weight == 1 and run.judge(validation["elbo"], setup.model.early_stopping)
-    run.finished = stop or len(run.history) == setup.model.max_epochs
+    limits = setup.model.early_stopping
+    patience = max(1, round(limits.patience * setup.epochs))
+    stop = weight == 1 and run.judge(validation["elbo"], patience, limits.min_delta)
+    run.finished = stop or len(run.history) == setup.epochs
     run.sums = dict.fromkeys(SUMS, 0.0)
-    logger.info("%s", _epoch_line(run, setup.model))
+    logger.info("%s", _epoch_line(run, setup.epochs))
 
 
 def result(setup: Setup, run: Run) -> tuple[VAE, pd.DataFrame, dict[str, Any]]:
@@ -181,6 +183,7 @@ def result(setup: Setup, run: Run) -> tuple[VAE, pd.DataFrame, dict[str, Any]]:
         "n_parameters": sum(parameter.numel() for parameter in run.vae.parameters()),
         "n_steps": run.step,
         "n_epochs": run.history[-1]["epoch"],
+        "planned_epochs": setup.epochs,
         "kl_weight": weight,
         "best_epoch": run.best_epoch,
         "best_validation_elbo": run.best_elbo,
@@ -228,11 +231,11 @@ def _add(sums: dict[str, float], found: dict[str, float]) -> None:
         sums[name] += value
 
 
-def _epoch_line(run: Run, model: Model) -> str:
+def _epoch_line(run: Run, epochs: int) -> str:
     row = run.history[-1]
     best = "none yet" if run.best_elbo is None else f"{run.best_elbo:.2f} of epoch {run.best_epoch}"
     return (
-        f"epoch {row['epoch']}/{model.max_epochs}  train loss {row['train_loss']:.2f}  "
+        f"epoch {row['epoch']}/{epochs}  train loss {row['train_loss']:.2f}  "
         f"validation elbo {row['validation_elbo']:.2f}  reconstruction {row['validation_reconstruction']:.2f}  "
         f"kl {row['validation_kl']:.2f}  kl_weight {row['kl_weight']:.2f}  best {best}  "
         f"{row['cells_per_second']:,.0f} cells/s  waiting {row['waiting_seconds'] / max(row['seconds'], 1e-9):.1%}  "

@@ -64,12 +64,14 @@ GAP_FIGURE = (
     "are not used; {active} vary over the cells."
 )
 LIMITS = (
-    "Of gap.limits. k-hat: Pareto shape of the largest importance weights of the refined proposal (Vehtari et al.)."
+    "Of gap.limits. k-hat: Pareto shape of the largest importance weights of the refined proposal (Vehtari et al.). "
+    "Excess gap: the mean, less three standard errors, of a sample, batch or kept value; see the groups below."
 )
 
 GAP_GROUPS = (
-    "Held-out cells by sample, batch and kept columns, at least 5 each. A group far above the others is one that the "
-    "encoder has hardly seen: refine it, or train again with it."
+    "Held-out cells by sample, batch and kept columns, at least 5 each. Excess: the amortization gap beyond that of "
+    "training cells with as many counts. A group of large excess is one that the encoder has hardly seen: refine it, "
+    "or train again with it."
 )
 LABELS = (
     "The {cells} held-out cells whose {column} is known, which the model was not told of: {accuracy} have the label "

@@ -60,7 +60,7 @@ def _facts(order: Mapping[str, object], facts: dict) -> Facts:
     settings = facts["settings"]
     found = [
         ("Held-out ELBO", f"{number(facts['best_validation_elbo'], 2)} nats per cell"),
-        ("Epochs", f"{number(facts['n_epochs'])} of at most {number(settings['max_epochs'])}"),
+        ("Epochs", f"{number(facts['n_epochs'])} of at most {number(facts['planned_epochs'])}"),
         ("Weights kept", f"those of epoch {number(facts['best_epoch'])}"),
         ("Steps", number(facts["n_steps"])),
         ("Final KL weight", f"{facts['kl_weight']:g}"),
@@ -99,7 +99,7 @@ def _training(files: ModelFiles, facts: dict) -> Figure | Text:
     if not facts["n_epochs"]:
         return Text(captions.UNTRAINED)
     history = read_table(files.history)
-    n, planned, best = len(history), facts["settings"]["max_epochs"], facts["best_epoch"]
+    n, planned, best = len(history), facts["planned_epochs"], facts["best_epoch"]
     end = f"stopped early, after {n} of {planned} epochs" if n < planned else f"took all {planned} epochs"
     first = captions.FIRST_EPOCH if n >= figures.LONG_TRAINING else ""
     legend = (("training", f"var(--{VARIABLES[MUTED]})"), ("validation", f"var(--{VARIABLES[ACCENT]})"))

@@ -33,6 +33,7 @@ LIMITS = {
     "amortization_gap_p99": "Amortization gap, 99th percentile",
     "encoder_overfit": "Held-out minus training gap",
     "unreliable_share": "Cells with k-hat above 0.7",
+    "group_excess": "Excess gap of the oddest group",
 }
 GROUPS = 12  # groups told, those of the largest gap
 BATCHES = 5  # whose checks are told, those furthest off
@@ -144,10 +145,10 @@ def _groups(groups: list[dict[str, Any]]) -> Table:
     table = pd.DataFrame(groups)
     held_out = table[table["split"] == "validation"] if (table["split"] == "validation").any() else table
     shown = held_out.sort_values("amortization_gap", ascending=False, kind="stable").head(GROUPS)
-    gaps = ("amortization", "approximation")
+    gaps = ("amortization_gap", "excess_gap", "approximation_gap")
     rows = []
     for row in shown.to_dict("records"):
-        found = [number(row[f"{name}_gap"], 2) for name in gaps]
+        found = [number(row[name], 2) for name in gaps]
         share = percent(row["unreliable_share"])
         rows.append([row["column"], row["value"], number(row["cells"]), *found, number(row["ess"]), share])
     header = [
@@ -155,11 +156,12 @@ def _groups(groups: list[dict[str, Any]]) -> Table:
         "value",
         "cells",
         "amortization gap",
+        "excess",
         "approximation gap",
         "effective sample size",
         "k-hat > 0.7",
     ]
-    return Table("Groups with the largest gaps.", captions.GAP_GROUPS, header, "llrrrrr", rows)
+    return Table("Groups with the largest gaps.", captions.GAP_GROUPS, header, "llrrrrrr", rows)
 
 
 def _labels(facts: Mapping[str, Any]) -> list[Block]:
