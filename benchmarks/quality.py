@@ -27,14 +27,15 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from cohorts import COHORTS, transferred_types
-from quality_methods import METHODS, ROOT, Found, Task, made_by, why_not
+from quality_methods import METHODS, OURS, ROOT, Found, Task, made_by, why_not
 from threadpoolctl import threadpool_limits
 
 from cohortvi.files import replacing
 
 KEPT = ROOT / "benchmarks/quality.csv"
-OUT = ROOT / "benchmarks/out/quality"  # models of scvi-tools, and what --epochs makes
+OUT = ROOT / "benchmarks/out/quality"  # models of scvi-tools, and what --epochs and --set make
 KEYS = ["cohort", "method", "seed"]
 NAMES = ["mixology", "covid", "onek1k", "kang"]
 SCORED = 8000  # most cells that scib-metrics sees
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="at most so many, to try the command; its results are kept apart")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of ours; also kept apart")
     parser.add_argument("--table", action="store_true", help="of what is there; nothing is run")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -157,7 +159,12 @@ def main() -> None:
     for name in (*quiet, "cohortvi", "harmonypy"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    kept = KEPT if arguments.epochs is None else OUT / f"{arguments.epochs}_epochs.csv"
+    for text in arguments.set:
+        name, value = text.split("=")
+        for changes in OURS.values():
+            changes[name] = yaml.safe_load(value)
+    trial = [*arguments.set, *([] if arguments.epochs is None else [f"{arguments.epochs}_epochs"])]
+    kept = OUT / f"{' '.join(trial)}.csv" if trial else KEPT
     which = arguments.cohorts, arguments.methods, arguments.seeds
     if not arguments.table:
         with threadpool_limits(1):
