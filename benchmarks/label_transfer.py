@@ -3,8 +3,7 @@
 Kang et al. 2018, 8 donors, 13 cell types; a seed hides those of 4 donors at random. Both have their defaults and one
 thread; scANVI (Xu et al. 2021, Molecular Systems Biology 17:e9620) begins from an SCVI trained first, as scvi-tools
 advises. Judged on the hidden donors' cells: accuracy, F1 by type (their mean), expected calibration error (15 bins).
-Runs of scANVI are kept in benchmarks/out/label_transfer and taken from there. Reads kang_ifnb_13999 in the folder that
-COHORTVI_TEST_DATA names.
+Runs of scANVI are kept in peers.json. Reads kang_ifnb_13999 in the folder that COHORTVI_TEST_DATA names.
 """
 
 import argparse
@@ -19,6 +18,7 @@ import pandas as pd
 import torch
 import yaml
 from cohorts import quiet, read_kang, write_shards
+from peers import once
 from sklearn.metrics import f1_score
 
 from cohortvi.config import Model
@@ -28,7 +28,6 @@ from cohortvi.inference.train import fit
 from cohortvi.typed import build
 
 ROOT = Path(__file__).parent.parent
-OUT = ROOT / "benchmarks/out/label_transfer"
 UNKNOWN = "NA"
 TOGETHER = 2000  # cells encoded together
 
@@ -61,10 +60,11 @@ def ours(cells: ad.AnnData, model: Model, seed: int) -> tuple[pd.DataFrame, floa
         with torch.enable_grad():
             vae, _, facts = fit(*shards, model, **common)
         seconds = time.process_time() - began
-    parts = []
+    batches = cells.obs["sample"].astype(str)
+    batch_n, parts = torch.from_numpy(pd.Index(facts["batches"]).get_indexer(batches).astype(np.int64)), []
     for start in range(0, cells.n_obs, TOGETHER):
         x_ng = torch.from_numpy(cells.X[start : start + TOGETHER].toarray())
-        qz = vae.encode(x_ng, Covariates(torch.zeros(len(x_ng), dtype=torch.int64)))
+        qz = vae.encode(x_ng, Covariates(batch_n[start : start + TOGETHER]))
         parts.append(label_probabilities(vae, qz).numpy())
     return pd.DataFrame(np.concatenate(parts), columns=facts["labels"]), seconds
 
@@ -91,12 +91,13 @@ def compare(seed: int, model: Model) -> dict[str, float]:
     found, seconds = ours(cells, model, seed)
     row = {"seed": seed, "our_seconds": seconds}
     row |= {f"our_{name}": value for name, value in judge(found[is_hidden], types[is_hidden]).items()}
-    kept = OUT / f"scanvi-{seed}.json"
-    if not kept.exists():
+
+    def theirs() -> dict[str, float]:
         found, seconds = scanvi(cells, seed)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"seconds": seconds} | judge(found[is_hidden], types[is_hidden])))
-    return row | {f"scanvi_{name}": value for name, value in json.loads(kept.read_text()).items()}
+        return {"seconds": seconds} | judge(found[is_hidden], types[is_hidden])
+
+    found = once(f"label_transfer {seed}", "scvi-tools", theirs)
+    return row | {f"scanvi_{name}": value for name, value in found.items()}
 
 
 def main() -> None:

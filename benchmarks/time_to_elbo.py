@@ -4,8 +4,8 @@ Both with their defaults, on one thread, from the same training cells. A tenth o
 neither trained on nor validated on; of the others a tenth is our validation set, on which scvi-tools does not train
 either. Judged by scvi-tools' own evaluators, our weights copied over: the ELBO of the test cells (mean of three draws),
 and log p(x) by importance sampling (1,000 draws) of 500 of them. Time is that of the processor: training with all that
-belongs to it, validation included, the judging excluded. Runs of scvi-tools are kept in
-benchmarks/out/time_to_elbo and taken from there. Reads real cohorts in the folder that COHORTVI_TEST_DATA names.
+belongs to it, validation included, the judging excluded. Runs of scvi-tools are kept in peers.json. Reads real cohorts
+in the folder that COHORTVI_TEST_DATA names.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pandas as pd
 import torch
 import yaml
 from cohorts import COHORTS, quiet, write_shards
+from peers import once
 from scvi_weights import to_scvi_state
 
 from cohortvi.config import Model
@@ -31,7 +33,6 @@ from cohortvi.store.opening import open_counts
 from cohortvi.typed import build
 
 ROOT = Path(__file__).parent.parent
-OUT = ROOT / "benchmarks/out/time_to_elbo"
 JUDGED = 500  # test cells whose log p(x) is estimated
 DRAWS = 1000
 
@@ -101,11 +102,7 @@ def compare(name: str, seeds: list[int], model: Model) -> Iterator[dict[str, Any
         names = [np.concatenate([open_counts(path).obs.index for path in paths]) for paths in shards]
         split = [*(np.flatnonzero(cells.obs_names.isin(found)) for found in names), test]
         for seed in seeds:
-            kept = OUT / f"scvi-{name}-{seed}.json"
-            if not kept.exists():
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(scvi_run(cells, split, seed)))
-            theirs = json.loads(kept.read_text())
+            theirs = once(f"time_to_elbo {name} {seed}", "scvi-tools", partial(scvi_run, cells, split, seed))
             *epochs, last = our_epochs(cells, shards, test, model, seed)
             reached = [row["seconds"] for row in epochs if row["elbo"] >= theirs["elbo"]]
             yield {
