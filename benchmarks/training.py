@@ -95,6 +95,7 @@ def make_trainer(adata: ad.AnnData, batch_key: str, likelihood: str, threads: in
     """Return our model with the settings of config.yaml, but for these."""
     torch.set_num_threads(threads)
     settings = yaml.safe_load((ROOT / "config/config.yaml").read_text())["models"]["nb"]
-    changes = {"likelihood": likelihood, "learning_rate": lr, "device": "cpu", "encode_covariates": False}
-    model = build(Model, settings | changes)  # an encoder that scvi-tools' default module has the weights of
+    changes = {"likelihood": likelihood, "learning_rate": lr, "device": "cpu"}
+    same = {"encode_covariates": False, "dropout": 0.1}  # as scvi-tools' module, which is to have its weights
+    model = build(Model, settings | changes | same)
     return Trainer(adata, batch_key, model, threads, seed)
