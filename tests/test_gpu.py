@@ -2,6 +2,8 @@
 
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,6 @@ import torch
 from test_fused import GRADIENT, LOSS, draw_counts, model, plain_head, terms
 
 from cohortvi.inference.fused import Head
-from cohortvi.inference.likelihoods import nb_log_prob, zinb_log_prob
 from cohortvi.inference.networks import Covariates
 from cohortvi.inference.sparse import DeviceCounts, dense, take_rows
 
@@ -23,6 +24,7 @@ DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 NEEDS_GPU = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 # NumPy, which the interpreter uses, tells of lanes that are computed and not used.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+BF16_LOSS, BF16_GRADIENT = 1e-3, 2e-2  # relative; of all gradients together
 LIKELIHOODS = ("nb", "zinb", "poisson")
 
 
@@ -96,7 +98,10 @@ def test_head_of_any_shape_count_and_dispersion(
 ):
     monkeypatch.setattr(gpu, "PROGRAMS", 6)  # several cells a program
     torch.manual_seed(n_obs)
-    x_ng, parts = draw_counts(n_obs, n_genes, n_obs, largest), given_parts(likelihood, n_obs, n_genes, n_rows, log_theta)
+    x_ng, parts = (
+        draw_counts(n_obs, n_genes, n_obs, largest),
+        given_parts(likelihood, n_obs, n_genes, n_rows, log_theta),
+    )
     rows_n, weights_n = torch.randint(n_rows, (n_obs,)), torch.rand(n_obs) if weighted else None
     found = run_head(on_gpu(x_ng), rows_n, parts, weights_n)
     expected = exact_head(x_ng, likelihood, rows_n, parts, weights_n)
@@ -105,3 +110,67 @@ def test_head_of_any_shape_count_and_dispersion(
     for name, value in expected.items():
         tolerance = (LOSS if name == "nll" else GRADIENT) * float(value.norm()) + rounding * math.sqrt(n_obs)
         assert float((found[name].double() - value).norm()) <= tolerance, name
+
+
+def model_terms(likelihood: str, dispersion: str, dtype: torch.dtype, changes: dict) -> list[tuple]:
+    """Return losses and gradients of the mean over cells: by the kernels, products in this type, and in float64."""
+    torch.manual_seed(1)
+    x_ng, n_obs = draw_counts(64, 300, 1, largest=300), 64
+    generator = torch.Generator().manual_seed(1)
+    vae = model(likelihood, dispersion, 300, **changes)
+    covariates = Covariates(torch.randint(3, (n_obs,), generator=generator))
+    noise_nk, weights_n = torch.randn(n_obs, 4, generator=generator), torch.tensor(1 / n_obs).expand(n_obs)
+    inputs = (covariates.to(DEVICE), noise_nk.to(DEVICE), weights_n.to(DEVICE))
+    found = terms(vae.to(DEVICE), on_gpu(x_ng, np.uint16, dtype), *inputs)
+    exact = (torch.from_numpy(x_ng).double(), covariates, noise_nk.double(), weights_n.double())
+    return [(loss_n.cpu(), {name: grad.cpu().double() for name, grad in grads.items()})
+            for loss_n, grads in (found, terms(vae.double().cpu(), *exact))]  # fmt: skip
+
+
+@pytest.mark.parametrize("dispersion", ["gene", "gene-batch"])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_losses_and_gradients_of_a_model_equal_plain_torch(likelihood, dispersion):
+    changes = {"n_layers": 2, "encode_covariates": True} if dispersion == "gene-batch" else {}
+    (loss_n, grads), (exact_n, exact) = model_terms(likelihood, dispersion, torch.float32, changes)
+    np.testing.assert_allclose(loss_n.mean(), exact_n.mean(), rtol=LOSS)
+    np.testing.assert_allclose(loss_n, exact_n, rtol=10 * LOSS)
+    whole = float(torch.cat([value.flatten() for value in exact.values()]).norm())
+    for name, value in exact.items():  # biases before batch norm, which it takes out, have a gradient of rounding
+        assert float((grads[name] - value).norm()) <= GRADIENT * float(value.norm()) + 1e-6 * whole, name
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_products_in_bfloat16_are_near(likelihood):
+    (loss_n, grads), (exact_n, exact) = model_terms(likelihood, "gene", torch.bfloat16, {})
+    np.testing.assert_allclose(loss_n.mean(), exact_n.mean(), rtol=BF16_LOSS)
+    together, expected = (torch.cat([of[name].flatten() for name in exact]) for of in (grads, exact))
+    assert float((together - expected).norm()) <= BF16_GRADIENT * float(expected.norm())
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from cohortvi.inference import gpu, gpu_kernels
+
+FLAGS = {"KIND": 2, "CELLS": 4, "BLOCK": gpu.BLOCK, "IS_SORTED": True, "IS_TRAINED": True}
+KERNELS = [(gpu_kernels.densify_kernel, {"BLOCK": gpu.BLOCK}), *(
+    (gpu_kernels.head_kernel, FLAGS | {"KIND": kind, "IS_SORTED": kind == 2}) for kind in range(3)
+)]
+TYPES = {"indptr": "*i64", "ids": "*u16", "data": "*u8", "counts_ng": "*u8", "n_obs": "i32", "n_genes": "i32",
+         **dict.fromkeys(("order_n", "first_p", "end_p", "row_p"), "*i64")}
+for logits in ("*fp32", "*bf16"):
+    for kernel, constants in KERNELS:
+        types = {name: TYPES.get(name, logits if "logits" in name or "log1p" in name else "*fp32")
+                 for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+        binary = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": gpu.WARPS})
+        assert binary.asm["cubin"]
+"""
+
+
+def test_kernels_compile_for_a_gpu(tmp_path):
+    """For compute capability 9.0, on any machine: the interpreter takes what the compiler does not."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True)

@@ -1,13 +1,13 @@
-"""What a GPU does in the place of the compiled loops of CPUs: kernels.py on torch's tensors."""
+"""What a GPU does in the place of the compiled loops of CPUs: gpu_kernels.py on torch's tensors."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from cohortvi.inference import kernels
+from cohortvi.inference import gpu_kernels
 from cohortvi.inference.sparse import DeviceCounts
 
-BLOCK, WARPS = 2048, 8  # genes at a time, and warps of 32 threads that share them
+BLOCK, WARPS = 512, 4  # genes at a time, and warps of 32 threads that share them: about 110 registers a thread
 PROGRAMS, MOST_CELLS = 512, 32  # about four programs to each multiprocessor; cells one after the other in each
 
 
@@ -18,7 +18,7 @@ def densify(indptr: Tensor, indices: Tensor, data: Tensor, n_genes: int, dtype: 
     log1p_ng = torch.empty(n_obs, n_genes, dtype=dtype, device=device)
     library_n = torch.empty(n_obs, device=device)
     given = (indptr, indices, data, counts_ng, log1p_ng, library_n, n_genes)
-    kernels.densify_kernel[(n_obs,)](*given, BLOCK=_block(n_genes), num_warps=WARPS)
+    gpu_kernels.densify_kernel[(n_obs,)](*given, BLOCK=_block(n_genes), num_warps=WARPS)
     return DeviceCounts(counts_ng, log1p_ng, library_n)
 
 
@@ -45,7 +45,7 @@ def head(
     dealt = _dealt(rows_n, len(log_theta), cells) if is_sorted else (rows_n,) * 4
     n_programs = len(dealt[1]) if is_sorted else -(-n_obs // cells)
     dtheta_pg = weights_n.new_zeros(n_programs, n_genes) if log_theta is not None and is_trained else weights_n
-    kernels.head_kernel[(n_programs,)](
+    gpu_kernels.head_kernel[(n_programs,)](
         *(logits[0], logits[-1], x.counts_ng, log_library_n, weights_n),
         *(weights_n if log_theta is None else log_theta, *dealt, nll_n, dlibrary_n, dtheta_pg, n_obs, n_genes),
         KIND=0 if log_theta is None else len(logits),

@@ -32,13 +32,14 @@ class Covariates(NamedTuple):
 
     def take(self, rows: Tensor | slice) -> "Covariates":
         """Return those of some cells."""
-        return self._each(lambda values: values[rows])
+        return self.each(lambda values: values[rows])
 
     def to(self, device: torch.device) -> "Covariates":
         """Return the same on a device."""
-        return self._each(lambda values: values.to(device))
+        return self.each(lambda values: values.to(device))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Covariates":
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Covariates":
+        """Return the same with every tensor changed."""
         continuous_nc, label_n = (None if part is None else change(part) for part in (self.continuous_nc, self.label_n))
         return Covariates(change(self.batch_n), tuple(map(change, self.categories)), continuous_nc, label_n)
 

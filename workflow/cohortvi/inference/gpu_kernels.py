@@ -13,7 +13,7 @@ Imported where there is a GPU, or with TRITON_INTERPRET=1 in the environment, wh
 import triton
 import triton.language as tl
 
-NB, ZINB = tl.constexpr(1), tl.constexpr(2)  # kinds of heads; 0 is Poisson
+POISSON, ZINB = tl.constexpr(0), tl.constexpr(2)  # kinds of heads, by number of heads; NB is 1
 HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
 SHIFT = tl.constexpr(4)  # by so much gamma functions are moved to where few terms of their series are exact
 LARGEST = tl.constexpr(1e30)  # of mu / theta: single precision goes to 3e38
@@ -118,6 +118,64 @@ def _zero(e, scale, theta, zi_logits, KIND: tl.constexpr):
 
 
 @triton.jit
+def _poisson_terms(log_mu, mu, x):
+    """Return log p(x), and its derivative by log mu."""
+    value = tl.where(x > 0, x * log_mu - _log_factorial(tl.maximum(x, 1.0)), 0.0)
+    return value - mu, x - mu
+
+
+@triton.jit
+def _nb_terms(log_mu, e, scale, x, log_theta, zi_logits, KIND: tl.constexpr):
+    """Return log p(x), and its derivatives by log mu and by log theta."""
+    theta, is_count, d = tl.exp(log_theta), x > 0, zi_logits
+    inverse, tp, t, c = _zero(e, scale, theta, d, KIND)
+    c = tl.where(is_count, 1.0, c)
+    value, psi = _rising(tl.maximum(x, 1.0), theta)
+    # Of large r the difference of logarithms has no digits left.
+    log_p = tl.where(inverse < 0.5, _log1p(-tl.minimum(inverse, 0.5)), log_mu - log_theta - t / theta)
+    found = tl.where(is_count, value + x * log_p, 0.0) - t
+    if KIND == ZINB:
+        above, high, low = tl.maximum(d, 0.0), tl.maximum(d, -t), tl.minimum(d, -t)
+        zero = high - above + _log1p(tl.exp(low - high))
+        found = tl.where(is_count, found - above, zero) - _log1p(tl.exp(-tl.abs(d)))
+    return found, x * inverse - c * tp, tl.where(is_count, psi - x * inverse, 0.0) + c * (tp - t)
+
+
+@triton.jit
+def _nb_gradients(e, scale, x, log_theta, zi_logits, KIND: tl.constexpr):
+    """Return the derivatives of -log p(x) by log mu and by the logit of zero inflation."""
+    d = zi_logits
+    inverse, tp, t, c = _zero(e, scale, tl.exp(log_theta), d, KIND)
+    inflated = 1.0 / (1.0 + tl.exp(-t - d)) / (1.0 + tl.exp(d)) * _decayed(t)
+    return tl.where(x > 0, tp - x * inverse, c * tp), tl.where(x > 0, 1.0 / (1.0 + tl.exp(-d)), -inflated)
+
+
+@triton.jit
+def _normaliser(logits, n_genes, BLOCK: tl.constexpr):
+    """Return the largest of a cell's logits, and the sum of e^(logit - it)."""
+    m, z, lanes = -float("inf"), 0.0, tl.arange(0, BLOCK)
+    for start in range(0, n_genes, BLOCK):
+        s = tl.load(logits + start + lanes, mask=start + lanes < n_genes, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(m, tl.max(s, 0))
+        z = z * tl.exp(m - higher) + tl.sum(tl.exp(s - higher), 0)
+        m = higher
+    return m, z
+
+
+@triton.jit
+def _given(logits, zi_logits, counts, theta_g, g, inside, KIND: tl.constexpr):
+    """Return some genes' logits, those of zero inflation, counts, and log theta: 0 where a head has none."""
+    s = tl.load(logits + g, mask=inside, other=-float("inf")).to(tl.float32)
+    x = tl.load(counts + g, mask=inside, other=0).to(tl.float32)
+    d, log_theta = tl.zeros(s.shape, tl.float32), tl.zeros(s.shape, tl.float32)
+    if KIND != POISSON:
+        log_theta = tl.load(theta_g + g, mask=inside, other=0.0)
+    if KIND == ZINB:
+        d = tl.load(zi_logits + g, mask=inside, other=0.0).to(tl.float32)
+    return s, d, x, log_theta
+
+
+@triton.jit
 def head_kernel(
     logits_ng, zi_logits_ng, counts_ng, log_library_n, weight_n, log_theta_rg,  # given
     order_n, first_p, end_p, row_p,  # which cells a program has, if they are sorted by their row of log_theta
@@ -143,49 +201,23 @@ def head_kernel(
         offset = tl.cast(n, tl.int64) * n_genes
         logits, zi_logits, counts = logits_ng + offset, zi_logits_ng + offset, counts_ng + offset
         log_library, w = tl.load(log_library_n + n), tl.load(weight_n + n)
-
-        m, z = -float("inf"), 0.0
-        for start in range(0, n_genes, BLOCK):
-            g = start + lanes
-            s = tl.load(logits + g, mask=g < n_genes, other=-float("inf")).to(tl.float32)
-            higher = tl.maximum(m, tl.max(s, 0))
-            z = z * tl.exp(m - higher) + tl.sum(tl.exp(s - higher), 0)
-            m = higher
+        m, z = _normaliser(logits, n_genes, BLOCK)
         shift, scale = log_library - m - tl.log(z), tl.exp(log_library) / z
 
         found, slope = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
         for start in range(0, n_genes, BLOCK):
             g = start + lanes
-            inside = g < n_genes
-            s = tl.load(logits + g, mask=inside, other=-float("inf")).to(tl.float32)
-            x = tl.load(counts + g, mask=inside, other=0).to(tl.float32)
-            e, is_count = tl.exp(s - m), x > 0
-            positive = tl.where(is_count, x, 1.0)
-            if KIND == 0:
-                value = tl.where(is_count, x * (s + shift) - _log_factorial(positive), 0.0)
-                found += value - e * scale
-                slope += x - e * scale
+            s, d, x, log_theta = _given(logits, zi_logits, counts, theta_g, g, g < n_genes, KIND)
+            e = tl.exp(s - m)
+            if KIND == POISSON:
+                value, dlog_mu = _poisson_terms(s + shift, e * scale, x)
             else:
-                log_theta, d = tl.load(theta_g + g, mask=inside, other=0.0), tl.zeros([BLOCK], tl.float32)
-                if KIND == ZINB:
-                    d = tl.load(zi_logits + g, mask=inside, other=0.0).to(tl.float32)
-                theta = tl.exp(log_theta)
-                inverse, tp, t, c = _zero(e, scale, theta, d, KIND)
-                c = tl.where(is_count, 1.0, c)
-                value, psi = _rising(positive, theta)
-                # Of large r the difference of logarithms has no digits left.
-                log_p = tl.where(inverse < 0.5, _log1p(-tl.minimum(inverse, 0.5)), s + shift - log_theta - t / theta)
-                counted = tl.where(is_count, value + x * log_p, 0.0) - t
-                if KIND == ZINB:
-                    above, high, low = tl.maximum(d, 0.0), tl.maximum(d, -t), tl.minimum(d, -t)
-                    zeros = high - above + _log1p(tl.exp(low - high))
-                    counted = tl.where(is_count, counted - above, zeros) - _log1p(tl.exp(-tl.abs(d)))
-                found += counted
-                slope += x * inverse - c * tp
+                value, dlog_mu, dlog_theta = _nb_terms(s + shift, e, scale, x, log_theta, d, KIND)
                 if IS_TRAINED:
-                    gradient = tl.where(is_count, psi - x * inverse, 0.0) + c * (tp - t)
-                    before = tl.load(dtheta_g + g, mask=inside, other=0.0)
-                    tl.store(dtheta_g + g, before - w * gradient, mask=inside)
+                    before = tl.load(dtheta_g + g, mask=g < n_genes, other=0.0)
+                    tl.store(dtheta_g + g, before - w * dlog_theta, mask=g < n_genes)
+            found += value
+            slope += dlog_mu
         slope_n = tl.sum(slope, 0)
         tl.store(nll_n + n, -tl.sum(found, 0))
         tl.store(dlibrary_n + n, -w * slope_n)
@@ -193,22 +225,14 @@ def head_kernel(
         if IS_TRAINED:
             for start in range(0, n_genes, BLOCK):
                 g = start + lanes
-                inside = g < n_genes
-                s = tl.load(logits + g, mask=inside, other=-float("inf")).to(tl.float32)
-                x = tl.load(counts + g, mask=inside, other=0).to(tl.float32)
+                s, d, x, log_theta = _given(logits, zi_logits, counts, theta_g, g, g < n_genes, KIND)
                 e = tl.exp(s - m)
-                if KIND == 0:
-                    gradient = e * scale - x
+                if KIND == POISSON:
+                    dlog_mu = e * scale - x
                 else:
-                    log_theta, d = tl.load(theta_g + g, mask=inside, other=0.0), tl.zeros([BLOCK], tl.float32)
+                    dlog_mu, dzi = _nb_gradients(e, scale, x, log_theta, d, KIND)
                     if KIND == ZINB:
-                        d = tl.load(zi_logits + g, mask=inside, other=0.0).to(tl.float32)
-                    inverse, tp, t, c = _zero(e, scale, tl.exp(log_theta), d, KIND)
-                    gradient = tl.where(x > 0, tp - x * inverse, c * tp)
-                    if KIND == ZINB:
-                        inflated = 1.0 / (1.0 + tl.exp(-t - d)) / (1.0 + tl.exp(d)) * _decayed(t)
-                        dzi = w * tl.where(x > 0, 1.0 / (1.0 + tl.exp(-d)), -inflated)
-                        tl.store(zi_logits + g, dzi.to(zi_logits.dtype.element_ty), mask=inside)
-                ds = w * (gradient + e * (slope_n / z))
-                tl.store(logits + g, ds.to(logits.dtype.element_ty), mask=inside)
+                        tl.store(zi_logits + g, (w * dzi).to(zi_logits.dtype.element_ty), mask=g < n_genes)
+                ds = w * (dlog_mu + e * (slope_n / z))
+                tl.store(logits + g, ds.to(logits.dtype.element_ty), mask=g < n_genes)
             tl.debug_barrier()  # the next cell adds to the same gradient by log_theta
