@@ -10,22 +10,26 @@ import pytest
 import torch
 from test_fused import GRADIENT, LOSS, draw_counts, model, plain_head, terms
 
+from cohortvi.inference import fused
 from cohortvi.inference.fused import Head
 from cohortvi.inference.networks import Covariates
+from cohortvi.inference.objective import elbo
 from cohortvi.inference.sparse import DeviceCounts, dense, take_rows
 
 HAS_GPU = torch.cuda.is_available()
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # is looked at when Triton is imported, here for the first time
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 from cohortvi.inference import gpu  # noqa: E402
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
-NEEDS_GPU = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 # NumPy, which the interpreter uses, tells of lanes that are computed and not used.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 BF16_LOSS, BF16_GRADIENT = 1e-3, 2e-2  # relative; of all gradients together
 LIKELIHOODS = ("nb", "zinb", "poisson")
+
+
+@pytest.fixture(autouse=True)
+def _single_precision():
+    torch.set_float32_matmul_precision("highest")  # training, of which others are tests, sets it
 
 
 def on_gpu(x_ng: np.ndarray, count_type: type = np.uint32, dtype: torch.dtype = torch.float32) -> DeviceCounts:
@@ -145,6 +149,19 @@ def test_products_in_bfloat16_are_near(likelihood):
     np.testing.assert_allclose(loss_n.mean(), exact_n.mean(), rtol=BF16_LOSS)
     together, expected = (torch.cat([of[name].flatten() for name in exact]) for of in (grads, exact))
     assert float((together - expected).norm()) <= BF16_GRADIENT * float(expected.norm())
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_the_gradient_of_a_mean_is_known_as_such_without_a_look(monkeypatch, likelihood):
+    """As training takes it: of an even gradient the head's own is at hand, and a GPU is not waited for."""
+    seen = []
+    monkeypatch.setattr(fused, "_is_even", lambda dnll_n: seen.append(dnll_n.stride(0)) or True)
+    torch.manual_seed(1)
+    vae, noise_nk = model(likelihood, "gene", 30).to(DEVICE), torch.randn(8, 4, device=DEVICE)
+    covariates = Covariates(torch.zeros(8, dtype=torch.int64, device=DEVICE))
+    weight = torch.tensor(0.5, device=DEVICE)
+    (elbo(vae, on_gpu(draw_counts(8, 30, 1)), covariates, noise_nk, kl_weight=weight).loss_n.sum() / 8).backward()
+    assert seen == [0]
 
 
 COMPILE = """

@@ -73,7 +73,7 @@ class GraphedStep:
 def _static(inputs: Inputs) -> Inputs:
     """Return memory for inputs of as many cells, and some more entries."""
     indptr, *entries, n_vars = inputs.x
-    room = [values.new_zeros(int(len(values) * ROOM)) for values in entries]
+    room = [values.new_empty(int(len(values) * ROOM)) for values in entries]
     # A GPU's Adam takes a rate in single precision, a CPU's one as exact as Python's.
     rate = torch.zeros((), device=indptr.device, dtype=torch.float32 if indptr.is_cuda else torch.float64)
     static = inputs.each(torch.empty_like)
