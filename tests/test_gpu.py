@@ -4,13 +4,17 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from test_fused import GRADIENT, LOSS, draw_counts, model, plain_head, terms
+from test_models import N_GENES, NAMES, ROWS, build, covariates, double
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cohortvi.inference import fused
+from cohortvi.inference.device import set_precision
 from cohortvi.inference.fused import Head
 from cohortvi.inference.networks import Covariates
 from cohortvi.inference.objective import elbo
@@ -23,7 +27,7 @@ from cohortvi.inference import gpu  # noqa: E402
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 # NumPy, which the interpreter uses, tells of lanes that are computed and not used.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
-BF16_LOSS, BF16_GRADIENT = 1e-3, 2e-2  # relative; of all gradients together
+PRECISIONS = {"tf32": (1e-4, 2e-3), "bf16": (1e-3, 2e-2)}  # relative errors of the loss, of all gradients together
 LIKELIHOODS = ("nb", "zinb", "poisson")
 
 
@@ -116,7 +120,21 @@ def test_head_of_any_shape_count_and_dispersion(
         assert float((found[name].double() - value).norm()) <= tolerance, name
 
 
-def model_terms(likelihood: str, dispersion: str, dtype: torch.dtype, changes: dict) -> list[tuple]:
+class Tf32(TorchDispatchMode):
+    """Rounds the factors of products to TF32, as a GPU does: to the nearest number of 10 bits behind the first."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            args = [*args[:-2], *map(self._rounded, args[-2:])]
+        return func(*args, **(kwargs or {}))
+
+    def _rounded(self, values: torch.Tensor) -> torch.Tensor:
+        return ((values.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def model_terms(
+    likelihood: str, dispersion: str, dtype: torch.dtype, changes: dict, products=nullcontext
+) -> list[tuple]:
     """Return losses and gradients of the mean over cells: by the kernels, products in this type, and in float64."""
     torch.manual_seed(1)
     x_ng, n_obs = draw_counts(64, 300, 1, largest=300), 64
@@ -125,7 +143,8 @@ def model_terms(likelihood: str, dispersion: str, dtype: torch.dtype, changes: d
     covariates = Covariates(torch.randint(3, (n_obs,), generator=generator))
     noise_nk, weights_n = torch.randn(n_obs, 4, generator=generator), torch.tensor(1 / n_obs).expand(n_obs)
     inputs = (covariates.to(DEVICE), noise_nk.to(DEVICE), weights_n.to(DEVICE))
-    found = terms(vae.to(DEVICE), on_gpu(x_ng, np.uint16, dtype), *inputs)
+    with products():
+        found = terms(vae.to(DEVICE), on_gpu(x_ng, np.uint16, dtype), *inputs)
     exact = (torch.from_numpy(x_ng).double(), covariates, noise_nk.double(), weights_n.double())
     return [(loss_n.cpu(), {name: grad.cpu().double() for name, grad in grads.items()})
             for loss_n, grads in (found, terms(vae.double().cpu(), *exact))]  # fmt: skip
@@ -143,12 +162,37 @@ def test_losses_and_gradients_of_a_model_equal_plain_torch(likelihood, dispersio
         assert float((grads[name] - value).norm()) <= GRADIENT * float(value.norm()) + 1e-6 * whole, name
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_products_in_bfloat16_are_near(likelihood):
-    (loss_n, grads), (exact_n, exact) = model_terms(likelihood, "gene", torch.bfloat16, {})
-    np.testing.assert_allclose(loss_n.mean(), exact_n.mean(), rtol=BF16_LOSS)
+def test_products_of_fewer_bits_are_near(likelihood, precision):
+    dtype, products = torch.bfloat16 if precision == "bf16" else torch.float32, nullcontext
+    if precision == "tf32" and HAS_GPU:
+        set_precision(DEVICE, precision)
+    elif precision == "tf32":
+        products = Tf32
+    (loss_n, grads), (exact_n, exact) = model_terms(likelihood, "gene", dtype, {}, products)
+    bounds = PRECISIONS[precision]
+    np.testing.assert_allclose(loss_n.mean(), exact_n.mean(), rtol=bounds[0])
     together, expected = (torch.cat([of[name].flatten() for name in exact]) for of in (grads, exact))
-    assert float((together - expected).norm()) <= BF16_GRADIENT * float(expected.norm())
+    assert float((together - expected).norm()) <= bounds[1] * float(expected.norm())
+
+
+@pytest.mark.parametrize("row", ROWS, ids=NAMES)
+def test_every_model_takes_counts_of_a_gpu(row):
+    x_ng, vae = draw_counts(64, N_GENES, 3), build(row)
+    known, noise_nk = covariates(64, 3, vae.n_labels), torch.randn(64, vae.n_dimensions)
+    options = {"kl_weight": 0.7, "label_weight": 3.0}
+    loss = elbo(vae.to(DEVICE), on_gpu(x_ng), known.to(DEVICE), noise_nk.to(DEVICE), **options).loss
+    loss.backward()
+    found = {name: parameter.grad.cpu().double() for name, parameter in vae.named_parameters()}
+    vae = build(row).double()
+    expected = elbo(vae, torch.from_numpy(x_ng).double(), double(known), noise_nk.double(), **options).loss
+    expected.backward()
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    exact = {name: parameter.grad for name, parameter in vae.named_parameters()}
+    whole = math.sqrt(sum(float(value.norm()) ** 2 for value in exact.values()))
+    for name, value in exact.items():
+        assert float((found[name] - value).norm()) < 1e-5 * float(value.norm()) + 1e-5 * whole, name
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

@@ -1,5 +1,7 @@
 """Where a model runs, and how it is handed minibatches there."""
 
+from importlib.util import find_spec
+
 import torch
 
 from cohortvi.inference.sparse import Counts, sparse_counts
@@ -25,7 +27,15 @@ def on_device(x: batches.Counts, device: torch.device) -> Counts:
 
 
 def training_output(device: torch.device, store: ShardedCounts) -> str:
-    """Return the output of loaders that training on this device takes: the fewest bytes for a GPU to be sent."""
+    """Return the output of loaders that training on this device takes: the fewest bytes for a GPU to be sent.
+
+    Errors: ValueError for a GPU where Triton is not installed.
+    """
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise ValueError(
+            "device: training on a GPU needs the package triton, which is not installed; expected the one that comes "
+            "with torch's builds for GPUs. Install it (pip install triton), or set models.*.device: cpu."
+        )
     return "csr_counts" if device.type == "cuda" and store.count_type.kind == "u" else "csr"
 
 
