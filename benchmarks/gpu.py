@@ -14,7 +14,9 @@ scvi-tools only ours is measured, and the first line says so.
 import argparse
 import itertools
 import json
+import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -27,7 +29,6 @@ import anndata as ad
 import numpy as np
 import torch
 import yaml
-from cohorts import quiet
 from scvi_weights import to_scvi_state
 from simulated import Preset, simulate
 from training import ROOT, Trainer
@@ -264,7 +265,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--threads", type=int, default=8, help="that read shards")
     arguments = parser.parse_args()
-    quiet()
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "scvi", "cohortvi"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         raise SystemExit("bench-gpu: this process sees no GPU; run it where there is one")
     arguments.scvi = find_spec("scvi") is not None
