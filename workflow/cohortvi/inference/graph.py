@@ -49,7 +49,7 @@ class GraphedStep:
         return len(inputs.covariates.batch_n) == self.n_obs
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        """Take a step; return the sums of its terms."""
+        """Take a step; return the sums of its terms. Errors: RuntimeError if it can't be captured."""
         if self.static is None or len(self.static.x.data) < len(inputs.x.data):
             self.static, self.graph, self.taken = _static(inputs), None, 0
         _fill(self.static, inputs)
@@ -63,11 +63,18 @@ class GraphedStep:
             torch.cuda.current_stream().wait_stream(self.stream)
             return sums
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.sums = self.step(self.static)
+            self._capture()
         self.graph.replay()
         return self.sums.clone()
+
+    def _capture(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.sums = self.step(self.static)
+        except RuntimeError as error:
+            error.add_note("The step could not be captured as a CUDA graph: set models.*.graph: false.")
+            raise
 
 
 def _static(inputs: Inputs) -> Inputs:
