@@ -9,10 +9,12 @@ import pytest
 import tiny_cohort
 import torch
 from test_train import COLUMNS, TIMES, Interruption, assert_same, interrupt, run, throw
-from tiny_cohort import MODEL
+from tiny_cohort import MODEL, VARIANTS, manifests
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cohortvi.inference import prepare, terms
+from cohortvi.inference import fused, prepare, step, terms
 from cohortvi.inference import train as training
+from cohortvi.inference.graph import can_capture, graphed_step
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ON_GPU = dataclasses.replace(MODEL, device="cuda", precision="float32")
@@ -42,6 +44,38 @@ def test_steps_out_of_static_memory_are_the_same_to_the_bit(cohort, tmp_path, mo
     assert graphed.taken > 0
 
 
+class Blind(TorchDispatchMode):
+    """Refuses what would have to look at the device: a graph could not be made of it."""
+
+    LOOKS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.LOOKS, func
+        return func(*args, **(kwargs or {}))
+
+
+CAPTURED = MODELS | {name: VARIANTS[name] for name in ("full", "flow", "told")}
+CAPTURED |= {"labelled": VARIANTS["labelled"] | {"dispersion": "gene"}, "zinb-flow": {"likelihood": "zinb"}}
+
+
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of lanes that are not used (test_gpu.py)
+@pytest.mark.parametrize("changes", CAPTURED.values(), ids=CAPTURED)
+def test_a_captured_step_looks_at_nothing_on_the_device(cohort, monkeypatch, changes):
+    gpu = pytest.importorskip("cohortvi.inference.gpu", reason="needs Triton, which is for Linux")
+    monkeypatch.setattr(step, "counts_of", lambda x, _: gpu.densify(*x, torch.float32))
+    monkeypatch.setattr(fused, "_is_even", lambda dnll_n: dnll_n.stride(0) == 0)  # as on a GPU
+    model, splits = dataclasses.replace(MODEL, **changes), (manifests(cohort, "train"), manifests(cohort, "validation"))
+    assert can_capture(model, torch.device("cuda"))
+    setup, state = prepare.prepare(*splits, model, sheet={}, seed=0, threads=1)
+    inputs = step.inputs_of(setup, next(iter(state.loader)), 0.5, 1e-3)
+    graphed, before = graphed_step(setup, state), state.vae.decoder.px_scale.weight.clone()
+    graphed(inputs)  # makes its memory
+    with Blind():
+        sums = graphed.step(graphed.static)
+    assert torch.isfinite(sums).all()
+    assert not torch.equal(state.vae.decoder.px_scale.weight, before)
+
+
 def test_terms_that_are_looked_at_later_are_the_same(cohort, tmp_path, monkeypatch):
     plain = run(cohort, tmp_path / "plain")
     monkeypatch.setitem(prepare.TOGETHER, "cpu", 5)
@@ -65,8 +99,8 @@ def test_a_loss_that_is_not_finite_is_told_of_the_step_where_it_arose(cohort, tm
 def test_sums_are_those_of_every_step():
     found, sums = terms.Terms(3), dict.fromkeys(("cells", *terms.NAMES), 0.0)
     assert found.line() == ""
-    for step in range(5):
-        found.add(terms.Noted(step, np.arange(2), 2, 1.0), torch.tensor([4.0, 3.0, 1.0], dtype=torch.float64), sums)
+    for at in range(5):
+        found.add(terms.Noted(at, np.arange(2), 2, 1.0), torch.tensor([4.0, 3.0, 1.0], dtype=torch.float64), sums)
     assert (sums["cells"], len(found.waiting)) == (6, 2)
     found.settle(sums)
     assert sums == {"cells": 10, "loss": 20.0, "reconstruction": 15.0, "kl": 5.0}
@@ -99,10 +133,10 @@ def test_replayed_steps_are_those_without_a_graph(cohort, tmp_path, monkeypatch,
 
 
 @NEEDS_GPU
-@pytest.mark.parametrize("step", [2, 9, 20])
-def test_a_run_on_a_gpu_goes_on_as_if_it_had_not_been_interrupted(cohort, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("at", [2, 9, 20])
+def test_a_run_on_a_gpu_goes_on_as_if_it_had_not_been_interrupted(cohort, tmp_path, monkeypatch, at):
     undisturbed = run(cohort, tmp_path / "undisturbed", ON_GPU)
-    interrupt(monkeypatch, step, throw)
+    interrupt(monkeypatch, at, throw)
     model = dataclasses.replace(ON_GPU, checkpoint_minutes=0.0)
     with pytest.raises(Interruption):
         run(cohort, tmp_path / "interrupted", model)

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from cohortvi.inference import gpu_kernels
 from cohortvi.inference.sparse import DeviceCounts
@@ -60,8 +59,8 @@ def head(
     if not is_sorted:
         return nll_n, dlibrary_n, dtheta_pg[:, None]
     # A product, since adding parts to rows at random has no fixed order; in double precision, for others may be TF32.
-    of_row_pr = one_hot(dealt[3], len(log_theta)).double()
-    return nll_n, dlibrary_n, (of_row_pr.T @ dtheta_pg.double()).float()[None]
+    of_row_rp = (torch.arange(len(log_theta), device=rows_n.device)[:, None] == dealt[3]).double()
+    return nll_n, dlibrary_n, (of_row_rp @ dtheta_pg.double()).float()[None]
 
 
 def _dealt(rows_n: Tensor, n_rows: int, cells: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
