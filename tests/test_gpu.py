@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -21,8 +22,11 @@ from cohortvi.inference.objective import elbo
 from cohortvi.inference.sparse import DeviceCounts, dense, take_rows
 
 HAS_GPU = torch.cuda.is_available()
-pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+triton = pytest.importorskip("triton", reason="needs Triton, which is for Linux")
+import triton.language as tl  # noqa: E402
+
 from cohortvi.inference import gpu  # noqa: E402
+from cohortvi.inference.gpu_kernels import _rising  # noqa: E402
 
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 # NumPy, which the interpreter uses, tells of lanes that are computed and not used.
@@ -85,12 +89,38 @@ def exact_head(x_ng: np.ndarray, likelihood: str, rows_n: torch.Tensor, parts: d
     return {"nll": nll_n.detach()} | {name: value.grad for name, value in given.items()}
 
 
+@triton.jit
+def rising_kernel(x, theta, value, slope, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    found, psi = _rising(tl.load(x + at), tl.load(theta + at))
+    tl.store(value + at, found)
+    tl.store(slope + at, psi)
+
+
+def test_ratios_of_gamma_functions():
+    counts, logs = [1, 2, 7, 8, 31, 300, 1_000, 100_000], np.linspace(-20, 20, 32)
+    pairs = torch.tensor([(x, math.exp(log_theta)) for x in counts for log_theta in logs], device=DEVICE)
+    x, theta = pairs.T.contiguous()
+    value, slope = torch.empty_like(x), torch.empty_like(x)
+    rising_kernel[(1,)](x, theta, value, slope, BLOCK=len(x))
+    for at in range(len(x)):
+        n, t = float(x[at]), mpmath.mpf(float(theta[at]))
+        with mpmath.workdps(40):
+            exact = mpmath.loggamma(n + t) - mpmath.loggamma(t) - mpmath.loggamma(n + 1)
+            psi = t * (mpmath.digamma(n + t) - mpmath.digamma(t))
+            size = abs(min(n, t) * mpmath.log(n + t)) + abs(mpmath.log(t)) + n  # of what is added up
+        assert float(value[at]) == pytest.approx(float(exact), abs=float(5e-7 * size) + 1e-6), (n, t)
+        assert float(slope[at]) == pytest.approx(float(psi), rel=2e-6), (n, t)
+
+
 CASES = [  # cells, genes, rows of theta, log theta, largest count
     (1, 1, 1, 0.0, 0),
     (5, 7, 1, 0.0, 33),
     (33, 130, 1, -4.0, 999),
     (40, 200, 1, 12.0, 100_000),
     (9, 65, 1, -12.0, 100_000),
+    (6, 50, 1, 16.0, 1_000),
+    (6, 50, 1, -20.0, 1_000),
     (12, 300, 1, 4.0, 70_000),
     (4, 2_500, 1, 0.0, 300),
     (40, 64, 3, 1.0, 300),
