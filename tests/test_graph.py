@@ -58,6 +58,7 @@ CAPTURED = MODELS | {name: VARIANTS[name] for name in ("full", "flow", "told")}
 CAPTURED |= {"labelled": VARIANTS["labelled"] | {"dispersion": "gene"}, "zinb-flow": {"likelihood": "zinb"}}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for where there is no GPU")
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # of lanes that are not used (test_gpu.py)
 @pytest.mark.parametrize("changes", CAPTURED.values(), ids=CAPTURED)
 def test_a_captured_step_looks_at_nothing_on_the_device(cohort, monkeypatch, changes):

@@ -70,7 +70,8 @@ class GraphedStep:
     def _capture(self) -> None:
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            # Threads that read may go on meanwhile, and take pinned memory.
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.sums = self.step(self.static)
         except RuntimeError as error:
             error.add_note("The step could not be captured as a CUDA graph: set models.*.graph: false.")
