@@ -9,7 +9,8 @@ STORE ?= results/store
 export PYTHONUTF8 := 1
 
 .PHONY: help setup demo kang unlock verify test test-fast test-kill test-slurm lint format
-.PHONY: bench bench-elbo bench-differential bench-gap bench-label-transfer bench-mapping bench-quality bench-training
+.PHONY: bench bench-elbo bench-differential bench-gap bench-gpu bench-label-transfer bench-mapping bench-quality
+.PHONY: bench-training
 .PHONY: bench-kang bench-loader bench-limits bench-loader-scale clean
 
 help: ## what there is to make
@@ -98,6 +99,9 @@ bench-quality: $(VENV)/.peers ## quality beside scvi-tools, PCA and Harmony on f
 
 bench-training: $(VENV)/.peers ## training steps and what a trained model is asked, beside scvi-tools
 	$(BIN)/python benchmarks/training_speed.py
+
+bench-gpu: $(VENV)/.peers ## training on one GPU beside scvi-tools on it: cells/s and held-out ELBO; ten minutes
+	$(BIN)/python benchmarks/gpu.py
 
 bench: $(VENV)/.test ## speed and memory of every rule up to the shards (benchmarks/)
 	$(BIN)/python benchmarks/scale.py

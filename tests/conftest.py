@@ -5,10 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from workflows import demo_clone, run
 
 from cohortvi.config import Config, check
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # is looked at when Triton is imported, whoever does it first
 
 ROOT = Path(__file__).parent.parent
 

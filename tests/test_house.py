@@ -35,7 +35,7 @@ def test_conda_pins_are_those_of_the_lock(name, lock):
 def test_the_lock_holds_every_dependency(lock):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + project["optional-dependencies"]["test"]
-    assert {normal(re.split(r"[\[<>=]", entry)[0]) for entry in wanted} <= lock.keys()
+    assert {normal(re.split(r"[\[<>=;]", entry)[0]) for entry in wanted} <= lock.keys()
 
 
 def test_profiles_hold_what_they_must_and_not_what_they_must_not():

@@ -23,7 +23,7 @@ ROOMS = [
 ]
 BASE = {"faults", "typed", "config", "files", "log", "progress", "digest"}
 # The two rooms that meet: where inference and files come together.
-COMPILED = {"first_layer", "fused", "heads", "sparse"}
+COMPILED = {"first_layer", "fused", "gpu", "gpu_kernels", "heads", "sparse"}
 MATHEMATICS = {
     "likelihoods",
     "priors",
@@ -73,7 +73,7 @@ def test_mathematics_imports_torch_and_numpy_only(name):
     found = imported_names(PACKAGE / "inference" / f"{name}.py")
     outside = {module.split(".")[0] for module in found if not module.startswith("cohortvi")}
     inside = {module.split(".")[2] for module in found if module.startswith("cohortvi.")}
-    compilers = {"numba", "llvmlite"} if name in COMPILED else set()
+    compilers = {"numba", "llvmlite", "triton"} if name in COMPILED else set()
     assert (
         outside
         <= {
@@ -93,6 +93,16 @@ def test_mathematics_imports_torch_and_numpy_only(name):
         | compilers
     )
     assert inside <= MATHEMATICS
+
+
+def test_triton_is_imported_by_kernels_alone_and_these_where_they_are_called():
+    for path in MODULES:
+        names, roots = imported_names(path), {name.split(".")[0] for name in imported_names(path) if name}
+        assert ("triton" in roots) == (path.stem == "gpu_kernels"), path
+        at_once = {alias.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)
+                   for alias in node.names}  # fmt: skip
+        assert not at_once & {"gpu", "gpu_kernels"} or path.stem == "gpu", path
+        assert "cohortvi.inference.gpu_kernels" not in names or path.stem == "gpu", path
 
 
 def test_no_module_imports_snakemake_or_pytest():

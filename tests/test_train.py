@@ -27,7 +27,7 @@ from cohortvi.inference import train as training
 from cohortvi.inference.checkpoint import Checkpoints, load_model, save_model
 from cohortvi.inference.covariates import moments
 from cohortvi.inference.networks import Covariates
-from cohortvi.inference.prepare import VALIDATION, prepare
+from cohortvi.inference.prepare import prepare
 from cohortvi.inference.train import fit, validate
 from cohortvi.store.sharded import ShardedCounts
 
@@ -88,15 +88,15 @@ def interrupt(monkeypatch, step: int, act) -> None:
 
 def interrupt_validation(monkeypatch, epoch: int, act) -> None:
     """Call `act` once, in the validation of this epoch (from 1)."""
-    real = training.terms_of
+    real = training.held_out_terms
 
-    def terms_of(setup, state, minibatch, stream, weight):
-        if stream[0] == VALIDATION and len(state.history) == epoch - 1:
-            monkeypatch.setattr(training, "terms_of", real)
+    def held_out_terms(setup, state, minibatch, step):
+        if len(state.history) == epoch - 1:
+            monkeypatch.setattr(training, "held_out_terms", real)
             act()
-        return real(setup, state, minibatch, stream, weight)
+        return real(setup, state, minibatch, step)
 
-    monkeypatch.setattr(training, "terms_of", terms_of)
+    monkeypatch.setattr(training, "held_out_terms", held_out_terms)
 
 
 def throw() -> None:

@@ -62,6 +62,8 @@ MODEL = Model(
     checkpoint_minutes=10.0,
     tensorboard=False,
     device="cpu",
+    precision="tf32",
+    graph=True,
     reference=None,
 )
 

@@ -134,6 +134,8 @@ class Model:
     checkpoint_minutes: float
     tensorboard: bool
     device: str
+    precision: str
+    graph: bool
     reference: Reference | None
 
 

@@ -38,9 +38,10 @@ class Adam:
             parameter.grad = None
 
     @torch.no_grad()
-    def step(self, learning_rate: float, clip: float | None = None) -> None:
+    def step(self, learning_rate: float | Tensor, clip: float | None = None) -> None:
         """Move the parameters down their gradients. Errors: TypeError if one has none.
 
+        `learning_rate`: a scalar, as a tensor where a graph of the step is to be replayed at other rates.
         `clip`: the most that the norm of all gradients may be; longer ones are shortened to it (Pascanu, Mikolov,
         Bengio 2013, algorithm 1).
         """

@@ -1,7 +1,8 @@
 """The two neural networks of the model: counts to posterior (encoder), latent to likelihood parameters (decoder).
 
 The architecture is scvi-tools': hidden layers of Linear - BatchNorm - ReLU - Dropout, each told the covariates
-(continuous ones the first alone). Counts come dense or, on CPUs, as sparse rows. n cells, g genes, k latent, h hidden.
+(continuous ones the first alone). Counts come dense, as sparse rows of a CPU, or as a GPU's.
+n cells, g genes, k latent, h hidden.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from cohortvi.inference import ranks
 from cohortvi.inference.fused import CountsProduct
 from cohortvi.inference.posteriors import Coupling, DiagonalGaussian, Flow, FullGaussian, Posterior
-from cohortvi.inference.sparse import Counts, SparseCounts, dense, is_fused
+from cohortvi.inference.sparse import Counts, DeviceCounts, dense, is_fused
 
 MIN_VARIANCE = 1e-4  # of the posterior, as in scvi-tools: no cell's posterior collapses to a point
 COUPLINGS = 4  # layers of a flow
@@ -31,13 +32,14 @@ class Covariates(NamedTuple):
 
     def take(self, rows: Tensor | slice) -> "Covariates":
         """Return those of some cells."""
-        return self._each(lambda values: values[rows])
+        return self.each(lambda values: values[rows])
 
     def to(self, device: torch.device) -> "Covariates":
         """Return the same on a device."""
-        return self._each(lambda values: values.to(device))
+        return self.each(lambda values: values.to(device))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Covariates":
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Covariates":
+        """Return the same with every tensor changed."""
         continuous_nc, label_n = (None if part is None else change(part) for part in (self.continuous_nc, self.label_n))
         return Covariates(change(self.batch_n), tuple(map(change, self.categories)), continuous_nc, label_n)
 
@@ -53,6 +55,8 @@ class CountsLinear(nn.Module):
     def forward(self, x: Counts) -> Tensor:
         """Return (n, h)."""
         if is_fused(x, self.bias):
+            if isinstance(x, DeviceCounts):
+                return torch.mm(x.log1p_ng, self.weight_gh.to(x.log1p_ng.dtype)).to(self.bias.dtype) + self.bias
             return CountsProduct.apply(x, self.weight_gh, self.bias)
         return torch.addmm(self.bias, torch.log1p(dense(x, self.bias.dtype)), self.weight_gh)
 
@@ -118,7 +122,7 @@ def observed_library(x: Counts) -> Tensor:
 
     At least 1: a cell that has none of the selected genes would have mean 0 everywhere and log 0 in its likelihood.
     """
-    total_n = x.library_n if isinstance(x, SparseCounts) else x.sum(1)
+    total_n = x.sum(1) if isinstance(x, Tensor) else x.library_n
     return total_n.clamp(min=1)[:, None]
 
 

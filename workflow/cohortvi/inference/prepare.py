@@ -18,7 +18,7 @@ from cohortvi.files import digest, read_json
 from cohortvi.inference import ranks
 from cohortvi.inference.adam import Adam
 from cohortvi.inference.covariates import BATCH, SAMPLE, Columns, Sheet, moments, number
-from cohortvi.inference.device import choose_device, output_for
+from cohortvi.inference.device import choose_device, set_precision, training_output
 from cohortvi.inference.library import library_moments
 from cohortvi.inference.mapping import Task, map_onto, open_reference
 from cohortvi.inference.networks import Covariates
@@ -27,6 +27,7 @@ from cohortvi.inference.reading import open_shards
 from cohortvi.inference.run import Run
 from cohortvi.inference.sparse import dense
 from cohortvi.inference.subset import draw_cells, read_cells
+from cohortvi.inference.terms import TOGETHER, Terms
 from cohortvi.inference.vae import VAE
 from cohortvi.store.loader import Loader
 from cohortvi.store.sharded import ShardedCounts
@@ -62,19 +63,19 @@ class Setup:
     @property
     def key(self) -> str:
         """Digest of all that decides which steps are taken; checkpoints of another key are another run's."""
-        passing = ("checkpoint_minutes", "device", "tensorboard")
+        passing = ("checkpoint_minutes", "device", "precision", "graph", "tensorboard")
         settings = {name: value for name, value in asdict(self.model).items() if name not in passing}
         tables = {name: table.tolist() for name, table in self.tables.items()}
         return digest(settings, self.seed, self.shards, self.columns.facts(), tables, self.task.facts)
 
     def covariates(self, obs: dict[str, Tensor]) -> Covariates:
-        """Return the covariates of a minibatch with these columns of obs."""
+        """Return the covariates of a minibatch with these columns of obs, on the CPU as these are."""
         own = {name: codes[obs[name]] for name, codes in self.codes.items()}
         of_sheet = {name: table[obs[SAMPLE]] for name, table in self.tables.items()}
-        covariates = self.columns.covariates(obs | own | of_sheet, self.device)
+        covariates = self.columns.covariates(obs | own | of_sheet, torch.device("cpu"))
         if self.model.labels is None:
             return covariates
-        return covariates._replace(label_n=own[self.model.labels.column].to(self.device))
+        return covariates._replace(label_n=own[self.model.labels.column])
 
 
 def prepare(
@@ -86,6 +87,7 @@ def prepare(
     that is not there, and for covariates that are missing, of the wrong kind or constant.
     """
     device = choose_device(model.device)
+    set_precision(device, model.precision)
     known = open_reference(model)
     stores = [
         open_shards(paths, known.facts["genes"]) if known else ShardedCounts(paths) for paths in (train, validation)
@@ -100,7 +102,7 @@ def prepare(
         known_labels = pd.Index(columns.labels)
         codes[model.labels.column] = torch.from_numpy(known_labels.get_indexer(stores[0].categories[names[-1]]))
     _check_match(*stores, names)
-    common = {"seed": seed, "columns": names, "output": output_for(device), "threads": threads}
+    common = {"seed": seed, "columns": names, "threads": threads}
     common |= {"rank": ranks.rank(), "world": ranks.world()}
     shards = digest([read_json(path) for path in (*train, *validation)])
     seed_torch(seed, INIT, 0)
@@ -110,9 +112,12 @@ def prepare(
         start(vae, stores[0], columns, sheet, seed=seed, threads=threads)
     else:
         task = map_onto(known, model.reference, vae, columns, stores, sheet, threads=threads)
-    loader = Loader(stores[0], batch_size=model.batch_size, where=task.where if task.n_obs else None, **common)
-    held_out = Loader(stores[1], batch_size=EVALUATED_CELLS, shuffle=False, where=task.where, **common)
-    run = Run(vae, _optimizer(vae.to(device), model, task.only), loader)
+    outputs = [training_output(device, store) for store in stores]
+    where = task.where if task.n_obs else None
+    loader = Loader(stores[0], batch_size=model.batch_size, where=where, output=outputs[0], **common)
+    settings = {"batch_size": EVALUATED_CELLS, "shuffle": False, "output": outputs[1]}
+    held_out = Loader(stores[1], where=task.where, **settings, **common)
+    run = Run(vae, _optimizer(vae.to(device), model, task.only), loader, Terms(TOGETHER[device.type]))
     steps = loader.n_steps(0)
     epochs = max(model.max_epochs, min(-(-model.min_steps // steps), MOST_EPOCHS)) if task.n_obs else 0
     plan = epochs, epochs * steps

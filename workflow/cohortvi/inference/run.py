@@ -7,6 +7,7 @@ from typing import Any
 
 from cohortvi.inference.adam import Adam
 from cohortvi.inference.checkpoint import Tensors
+from cohortvi.inference.terms import Terms
 from cohortvi.inference.vae import VAE
 from cohortvi.store.loader import Loader, Minibatch
 
@@ -26,6 +27,7 @@ class Run:
     vae: VAE
     optimizer: Adam
     loader: Loader
+    terms: Terms  # of steps that `sums` does not hold yet: none where a checkpoint is made
     step: int = 0
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))  # over the epoch under way
     history: list[dict[str, float]] = field(default_factory=list)  # one row for each finished epoch
@@ -36,6 +38,7 @@ class Run:
     waited: int = 0  # epochs since it was
     finished: bool = False
     elbo_before: float | None = None  # validation ELBO of a mapped model before its first step
+    graphed: Any = None  # the step as a CUDA graph (graph.py), if it is one
 
     def minibatches(self) -> Iterator[Minibatch]:
         """Yield what is left of the epoch under way (nothing if only its validation is); time it."""
@@ -48,6 +51,8 @@ class Run:
             now = time.monotonic()
             self.sums["seconds"] += now - began
             began = now
+        self.terms.settle(self.sums)
+        self.sums["seconds"] += time.monotonic() - began
 
     def judge(self, elbo: float, patience: int, min_delta: float) -> bool:
         """Keep the weights if no epoch was better; return whether `patience` epochs have not gained `min_delta`.

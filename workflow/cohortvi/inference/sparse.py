@@ -1,4 +1,4 @@
-"""Counts of a minibatch, dense or as the sparse rows that the compiled loops take."""
+"""Counts of a minibatch: dense, as the sparse rows that the compiled loops take, or as the kernels of a GPU do."""
 
 import threading
 from typing import NamedTuple
@@ -21,7 +21,15 @@ class SparseCounts(NamedTuple):
     library_n: Tensor  # sum of each row
 
 
-Counts = Tensor | SparseCounts
+class DeviceCounts(NamedTuple):
+    """Counts (n, g) on a GPU, with what is made of them once; gpu.py makes one."""
+
+    counts_ng: Tensor  # in the store's type, such as uint8
+    log1p_ng: Tensor  # in the type of the products with the largest matrices: float32 or bfloat16
+    library_n: Tensor  # float32, sum of each row
+
+
+Counts = Tensor | SparseCounts | DeviceCounts
 
 _shared = threading.local()  # numba's number of threads, which each thread has its own of, as last set
 
@@ -35,8 +43,13 @@ def sparse_counts(indptr: Tensor, indices: Tensor, data: Tensor, n_genes: int) -
 
 
 def take_rows(x: Counts, rows: Tensor | slice) -> Counts:
-    """Return some cells' counts, in the order of `rows`; those of a slice start:stop lie where x has them."""
-    if not isinstance(x, SparseCounts):
+    """Return some cells' counts, in the order of `rows`; those of a slice start:stop lie where x has them.
+
+    Those of a GPU are dense.
+    """
+    if isinstance(x, DeviceCounts):
+        x = dense(x, torch.float32)
+    if isinstance(x, Tensor):
         return x[rows]
     if isinstance(rows, slice):
         indptr = x.indptr[rows.start : rows.stop + 1]
@@ -49,8 +62,10 @@ def take_rows(x: Counts, rows: Tensor | slice) -> Counts:
 
 
 def dense(x: Counts, dtype: torch.dtype) -> Tensor:
-    """Return counts as (n, g), sparse ones in this type."""
-    if not isinstance(x, SparseCounts):
+    """Return counts as (n, g), those that were not dense in this type."""
+    if isinstance(x, DeviceCounts):
+        return x.counts_ng.to(dtype)
+    if isinstance(x, Tensor):
         return x
     n_obs = len(x.indptr) - 1
     rows = torch.repeat_interleave(torch.arange(n_obs), x.indptr.diff())
@@ -58,8 +73,9 @@ def dense(x: Counts, dtype: torch.dtype) -> Tensor:
 
 
 def is_fused(x: Counts, weight: Tensor) -> bool:
-    """Whether compiled loops take these counts: sparse ones, to weights in single precision on a CPU."""
-    return isinstance(x, SparseCounts) and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    """Whether compiled code takes these counts to weights in single precision: sparse ones on a CPU, or a GPU's."""
+    is_sparse = isinstance(x, SparseCounts) and weight.device.type == "cpu"
+    return weight.dtype == torch.float32 and (is_sparse or isinstance(x, DeviceCounts))
 
 
 def share_threads() -> int:

@@ -6,7 +6,6 @@ number of threads. The KL weight counts planned steps and always reaches 1; the 
 validation ELBO among the epochs that ended with weight 1.
 """
 
-import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,12 +21,14 @@ from cohortvi.config import Model
 from cohortvi.inference import ranks
 from cohortvi.inference.checkpoint import Checkpoints, Signals
 from cohortvi.inference.covariates import Sheet
-from cohortvi.inference.device import choose_device, on_device
+from cohortvi.inference.device import choose_device
 from cohortvi.inference.events import Events
-from cohortvi.inference.objective import Elbo, elbo, iwelbo
+from cohortvi.inference.graph import can_capture, graphed_step
 from cohortvi.inference.prepare import TRAINING, VALIDATION, Setup, prepare, seed_torch
 from cohortvi.inference.run import HISTORY, SUMS, Run
 from cohortvi.inference.schedule import kl_weight, learning_rate
+from cohortvi.inference.step import descend, evaluate, inputs_of, part_of
+from cohortvi.inference.terms import Noted, Terms
 from cohortvi.inference.vae import VAE
 from cohortvi.log import logger, peak_memory_mb
 from cohortvi.progress import Progress
@@ -81,51 +82,26 @@ def fit(
 
 
 def take_step(setup: Setup, run: Run, minibatch: Minibatch) -> str:
-    """Take one optimiser step, add its terms to the epoch's sums; return a line that tells of it.
+    """Take one optimiser step, note its terms for the epoch's sums; return a line that tells of it.
 
-    Errors: ValueError with step, rows and both terms if they are not finite; the weights are then still the old ones.
+    Errors: ValueError with step, rows and both terms if they are not finite. On CPUs the weights are then still the old
+    ones; of a GPU it is known within `terms.TOGETHER` steps, by the end of the epoch, and before a checkpoint.
     """
     weight = kl_weight(run.step, setup.planned, setup.model.kl_warmup)
-    terms, found = terms_of(setup, run, minibatch, (TRAINING, run.step), weight)
-    run.optimizer.zero_grad()
-    (terms.loss_n.sum() / found["cells"]).backward()
-    ranks.sum_gradients(run.optimizer.parameters)
-    run.optimizer.step(learning_rate(run.step, setup.planned, setup.model), clip=setup.model.clip)
+    rate = learning_rate(run.step, setup.planned, setup.model)
+    part, inputs = part_of(run.loader), inputs_of(setup, minibatch, weight, rate)
+    note = partial(run.terms.add, Noted(run.step, minibatch.rows, part.n, weight), sums=run.sums)
+    seed_torch(setup.seed, TRAINING, run.step)
+    if run.graphed is None and can_capture(setup.model, setup.device):
+        run.graphed = graphed_step(setup, run)
+    if run.graphed and run.graphed.takes(inputs):
+        note(run.graphed(inputs))
+    else:
+        terms, sums = evaluate(setup, run, inputs, part, is_training=True)
+        note(sums)
+        descend(setup, run, terms, part, rate)
     run.step += 1
-    _add(run.sums, found)
-    means = "  ".join(f"{name} {found[name] / found['cells']:.2f}" for name in ("loss", "reconstruction", "kl"))
-    return f"step {run.step}/{setup.planned}  {means}  kl_weight {weight:.2f}"
-
-
-def terms_of(
-    setup: Setup, run: Run, minibatch: Minibatch, stream: tuple[int, int], weight: float
-) -> tuple[Elbo, dict[str, float]]:
-    """Return a minibatch's ELBO and the sums of its terms; noise and dropout follow from (seed, stream)."""
-    seed_torch(setup.seed, *stream)
-    loader = run.loader if stream[0] == TRAINING else setup.validation
-    part, x = ranks.Part(*loader.part()), on_device(minibatch.x_ng, setup.device)
-    covariates = setup.covariates(minibatch.obs)
-    draws, options = setup.model.draws, {"kl_weight": weight}
-    if stream[0] == VALIDATION:  # the bound on log p(x): what labels the cells have is not looked at
-        draws, covariates = 1, covariates._replace(label_n=None)
-    elif setup.model.labels:
-        options["label_weight"] = setup.model.labels.weight
-    with ranks.within(part):
-        noise_snk = ranks.own(torch.randn(draws, part.n, run.vae.n_dimensions, device=setup.device), dim=1)
-        if draws == 1:
-            terms = elbo(run.vae, x, covariates, noise_snk[0], **options)
-        else:
-            terms = iwelbo(run.vae, x, covariates, noise_snk, **options)
-    # One transfer; in float64, because an epoch's sum over float32 would depend on its length.
-    loss, reconstruction, kl = ranks.total(torch.stack(terms).detach().double().sum(1).tolist())
-    if not math.isfinite(reconstruction + kl):
-        rows = minibatch.rows.tolist()
-        raise ValueError(
-            f"the loss is not finite at step {run.step}: reconstruction {reconstruction / part.n}, "
-            f"kl {kl / part.n} nats per cell, kl_weight {weight}, rows {rows} of the shards; expected finite terms. "
-            "Lower models.*.learning_rate, and look at the counts and covariates of these cells."
-        )
-    return terms, {"cells": part.n, "loss": loss, "reconstruction": reconstruction, "kl": kl}
+    return f"step {run.step}/{setup.planned}  {run.terms.line()}  kl_weight {weight:.2f}"
 
 
 @torch.inference_mode()
@@ -134,14 +110,23 @@ def validate(setup: Setup, run: Run, keep: Callable[[], None]) -> dict[str, floa
 
     The noise is the same at every epoch, so that epochs are compared on the same draws.
     """
-    sums, is_training = dict.fromkeys(SUMS, 0.0), run.vae.training
+    sums, terms, is_training = dict.fromkeys(SUMS, 0.0), Terms(run.terms.together), run.vae.training
     run.vae.eval()
     for step, minibatch in enumerate(setup.validation):
-        _add(sums, terms_of(setup, run, minibatch, (VALIDATION, step), 1.0)[1])
+        terms.add(*held_out_terms(setup, run, minibatch, step), sums)
         keep()
+    terms.settle(sums)
     run.vae.train(is_training)  # a mapped model never is: its statistics stand still
     reconstruction, kl = sums["reconstruction"] / sums["cells"], sums["kl"] / sums["cells"]
     return {"elbo": -reconstruction - kl, "reconstruction": reconstruction, "kl": kl}
+
+
+def held_out_terms(setup: Setup, run: Run, minibatch: Minibatch, step: int) -> tuple[Noted, torch.Tensor]:
+    """Return the sums of the terms of a minibatch of validation cells, (3,)."""
+    part, inputs = part_of(setup.validation), inputs_of(setup, minibatch, 1.0)
+    seed_torch(setup.seed, VALIDATION, step)
+    sums = evaluate(setup, run, inputs, part, is_training=False)[1]
+    return Noted(run.step, minibatch.rows, part.n, 1.0), sums
 
 
 def close_epoch(setup: Setup, run: Run, validation: dict[str, float]) -> None:
@@ -218,17 +203,13 @@ def save_if_due(setup: Setup, run: Run, saved: Checkpoints, signals: Signals, *,
     noted = [signals.asked, signals.terminated, saved.is_owner and saved.due(epoch_end=epoch_end)]
     asked, terminated, due = ranks.total(noted)
     if run.finished or asked or due:
+        run.terms.settle(run.sums)
         if saved.is_owner:
             saved.save(run.step, run.tensors(), run.facts() | {"key": setup.key})
         signals.asked = False
     if terminated and not run.finished:
         logger.info("SIGTERM: saved at step %d, ending", run.step)
         raise SystemExit(TERMINATED)
-
-
-def _add(sums: dict[str, float], found: dict[str, float]) -> None:
-    for name, value in found.items():
-        sums[name] += value
 
 
 def _epoch_line(run: Run, epochs: int) -> str:
