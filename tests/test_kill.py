@@ -65,12 +65,12 @@ def test_a_run_killed_again_and_again_ends_like_one_left_alone(undisturbed_demo,
     chosen = sorted(RULES[: request.config.getoption("--kills")], key=WALK.index)
     rng = random.Random(0)
     for rule in chosen:
-        delay, log = rng.uniform(0, 0.8 * seconds_of(undisturbed_demo, rule)), tmp_path / f"{rule}.log"
+        delay, log = rng.uniform(0, 0.5 * seconds_of(undisturbed_demo, rule)), tmp_path / f"{rule}.log"
         hit = kill_during(clone, rule, delay, log)
         run(clone, "--unlock", tiny=False)
         for _ in range(4):  # a job that was quicker this time, or done already, is run and killed again
             if rule not in hit:
-                delay /= 2
+                delay /= 4
                 hit = kill_during(clone, rule, delay, log, "--forcerun", rule)
                 run(clone, "--unlock", tiny=False)
         print(f"killed {delay:.1f} s into {rule}, while {', '.join(sorted(hit)) or 'nothing'} ran")

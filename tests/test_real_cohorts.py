@@ -155,7 +155,7 @@ def test_sc_mixology_by_an_inner_and_an_outer_join_of_the_protocols_genes(test_d
     sheet, whole = mixology_sheet(test_data, tmp_path)
     labels = {"column": "cell_type", "unknown": ["NA"], "weight": 50}
     sections = {"cohort": {"batch_key": ["sample"], "keep_obs": ["cell_type"], "join": "inner"},
-                "models": {"nb": {"max_epochs": 40, "min_steps": 0, "prior": "mixture", "labels": labels}}}  # fmt: skip
+                "models": {"nb": {"prior": "mixture", "labels": labels}}}  # fmt: skip
     clone = cohort_clone(tmp_path / "clone", sheet, values({}, **sections))
     run(clone)
     parts = [whole[whole.obs["batch"] == name].X for name in MIXOLOGY]
