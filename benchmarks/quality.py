@@ -75,7 +75,7 @@ def read_kept(kept: Path) -> pd.DataFrame:
 def keep(result: dict[str, str | float], kept: Path) -> None:
     """Put a result among those that are there, in place of an older one; other processes may do the same."""
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with kept.with_suffix(".lock").open("w") as lock:
+    with (Path(tempfile.gettempdir()) / f"cohortvi-{kept.stem}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = pd.concat([read_kept(kept), pd.DataFrame([result])]).drop_duplicates(KEYS, keep="last").sort_values(KEYS)
         with replacing(kept) as path:

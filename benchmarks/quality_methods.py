@@ -30,6 +30,7 @@ from cohortvi.files import digest, replacing
 from cohortvi.inference.bounds import LogJoint, importance, log_weights
 from cohortvi.inference.networks import Covariates
 from cohortvi.inference.posteriors import DiagonalGaussian, Posterior, standard_normal_log_prob
+from cohortvi.inference.prepare import PASSING
 from cohortvi.inference.sparse import sparse_counts
 from cohortvi.inference.train import fit
 from cohortvi.inference.vae import VAE
@@ -281,7 +282,8 @@ def made_by(method: str) -> str:
     """Return what a method's results follow from, beside cohort and seed: a package's version, or our settings."""
     if method in PACKAGES:
         return f"{PACKAGES[method]} {version(PACKAGES[method])}"
-    return f"cohortvi {digest(asdict(settings(OURS[method])))[:8]}"
+    chosen = asdict(settings(OURS[method]))
+    return f"cohortvi {digest({name: chosen[name] for name in chosen if name not in PASSING})[:8]}"
 
 
 def why_not(method: str) -> str | None:

@@ -38,6 +38,8 @@ from cohortvi.store.sharded import ShardedCounts
 ADAM_EPS = 0.01
 LEAST_LABELS = 2
 EVALUATED_CELLS = 1024  # cells at a time in validation
+# Settings that do not decide which model comes out.
+PASSING = ("checkpoint_minutes", "device", "precision", "graph", "tensorboard")
 MOST_EPOCHS = 400  # that `min_steps` makes of a cohort
 # Uses of random numbers, each with its own stream.
 INIT, TRAINING, VALIDATION, GAP, DIFFERENTIAL, EMBED, EXPRESSION, LIKELIHOOD = range(8)
@@ -63,8 +65,7 @@ class Setup:
     @property
     def key(self) -> str:
         """Digest of all that decides which steps are taken; checkpoints of another key are another run's."""
-        passing = ("checkpoint_minutes", "device", "precision", "graph", "tensorboard")
-        settings = {name: value for name, value in asdict(self.model).items() if name not in passing}
+        settings = {name: value for name, value in asdict(self.model).items() if name not in PASSING}
         tables = {name: table.tolist() for name, table in self.tables.items()}
         return digest(settings, self.seed, self.shards, self.columns.facts(), tables, self.task.facts)
 
