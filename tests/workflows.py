@@ -93,8 +93,9 @@ def write_sheet(clone: Path, n_samples: int) -> None:
 
 
 def environment(clone: Path) -> dict[str, str]:
-    """The clone's own package comes first, whatever is installed."""
-    return os.environ | {"PYTHONPATH": str(clone / "workflow"), "PYTHONUTF8": "1"}
+    """The clone's own package comes first, whatever is installed; threads that wait leave the cores to other tests."""
+    own = {"PYTHONPATH": str(clone / "workflow"), "PYTHONUTF8": "1", "OMP_WAIT_POLICY": "passive"}
+    return os.environ | own
 
 
 def command(*arguments: str, tiny: bool = True) -> list[str]:
