@@ -23,7 +23,7 @@ import scanpy as sc
 import torch
 import yaml
 from cohorts import read_kang, write_shards
-from scvi_weights import to_scvi_state
+from scvi_weights import SAME, to_scvi_state
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from cohortvi.config import EarlyStopping, Model
@@ -92,7 +92,7 @@ def main() -> None:
     # No warm-up, decay or clipping, which scvi-tools has not: what is compared are the models, not the schedules.
     plain = {"batch_size": REFERENCE_BATCH, "learning_rate_warmup": 0.0, "learning_rate_decay": 0.0, "clip": None}
     plain |= {"kl_warmup": 0.5, "max_epochs": arguments.epochs, "min_steps": 0, "early_stopping": every_epoch}
-    plain |= {"encode_covariates": False, "dropout": 0.1, "device": "cpu"}
+    plain |= {"device": "cpu"} | SAME
     defaults = replace(build(Model, values), **plain)
     cells = read_kang()
     scvi.model.SCVI.setup_anndata(cells, batch_key="sample")

@@ -2,7 +2,8 @@
 
 import fcntl
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,10 +18,17 @@ def once(key: str, package: str, make: Callable[[], dict[str, float]], kept: Pat
     found = _read(kept).get(key, {})
     if found.get("made_by") != made_by:
         found = make() | {"made_by": made_by}
-        with (Path(tempfile.gettempdir()) / "cohortvi-peers.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone(kept):
             write_json(_read(kept) | {key: found}, kept)
     return {name: value for name, value in found.items() if name != "made_by"}
+
+
+@contextmanager
+def alone(kept: Path) -> Iterator[None]:
+    """Let no other process of this machine write these results meanwhile."""
+    with (Path(tempfile.gettempdir()) / f"cohortvi-{kept.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _read(kept: Path) -> dict[str, dict]:

@@ -14,7 +14,6 @@ deviations over seeds; `minus scVI`: of the same seed, mean and deviation.
 """
 
 import argparse
-import fcntl
 import itertools
 import logging
 import os
@@ -29,6 +28,7 @@ import pandas as pd
 import torch
 import yaml
 from cohorts import COHORTS, transferred_types
+from peers import alone
 from quality_methods import METHODS, OURS, ROOT, Found, Task, made_by, why_not
 from threadpoolctl import threadpool_limits
 
@@ -75,8 +75,7 @@ def read_kept(kept: Path) -> pd.DataFrame:
 def keep(result: dict[str, str | float], kept: Path) -> None:
     """Put a result among those that are there, in place of an older one; other processes may do the same."""
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with (Path(tempfile.gettempdir()) / f"cohortvi-{kept.stem}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(kept):
         rows = pd.concat([read_kept(kept), pd.DataFrame([result])]).drop_duplicates(KEYS, keep="last").sort_values(KEYS)
         with replacing(kept) as path:
             rows.to_csv(path, index=False, float_format="%.6g")

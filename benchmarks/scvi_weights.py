@@ -16,6 +16,9 @@ tensors (l_encoder, px_r_decoder, px_dropout_decoder of nb and poisson, px_r of 
 observed library sizes; they are left as they are.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +30,17 @@ HEADS = {
     "decoder.zi_logits": "decoder.px_dropout_decoder",
 }
 PARTS = ("linear.weight_gh", "linear.weight", "others.weight_oh")  # of the one matrix of a layer
+
+
+# Settings of ours in which scvi-tools' default module has the same weights and dropout.
+SAME = {"encode_covariates": False, "dropout": 0.1}
+
+
+def elbo_by_scvi(model: Any, cells: np.ndarray) -> float:
+    """Return the mean ELBO of the cells of these numbers by scvi-tools' evaluator, nats per cell: of three draws."""
+    model.module.eval()
+    model.is_trained_ = True
+    return float(np.mean([float(model.get_elbo(indices=cells, batch_size=1024)) for _ in range(3)]))
 
 
 def scvi_name(name: str) -> str:

@@ -24,7 +24,7 @@ import torch
 import yaml
 from cohorts import COHORTS, quiet, write_shards
 from peers import once
-from scvi_weights import to_scvi_state
+from scvi_weights import elbo_by_scvi, to_scvi_state
 
 from cohortvi.config import Model
 from cohortvi.inference import train
@@ -39,9 +39,7 @@ DRAWS = 1000
 
 def judge(model: Any, test: np.ndarray, *, marginal: bool) -> dict[str, float]:
     """Return what scvi-tools finds of the model's test cells: nats per cell."""
-    model.module.eval()
-    model.is_trained_ = True
-    found = {"elbo": float(np.mean([float(model.get_elbo(indices=test, batch_size=1024)) for _ in range(3)]))}
+    found = {"elbo": elbo_by_scvi(model, test)}
     if marginal:
         cells = test[:: max(1, len(test) // JUDGED)][:JUDGED]
         options = {"n_mc_samples": DRAWS, "n_mc_samples_per_pass": 10, "batch_size": 500}

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 import yaml
-from scvi_weights import to_scvi_state
+from scvi_weights import SAME, to_scvi_state
 from torch import nn
 
 from cohortvi.config import EarlyStopping, Model, Store, Validation
@@ -96,6 +96,5 @@ def make_trainer(adata: ad.AnnData, batch_key: str, likelihood: str, threads: in
     torch.set_num_threads(threads)
     settings = yaml.safe_load((ROOT / "config/config.yaml").read_text())["models"]["nb"]
     changes = {"likelihood": likelihood, "learning_rate": lr, "device": "cpu"}
-    same = {"encode_covariates": False, "dropout": 0.1}  # as scvi-tools' module, which is to have its weights
-    model = build(Model, settings | changes | same)
+    model = build(Model, settings | changes | SAME)
     return Trainer(adata, batch_key, model, threads, seed)

@@ -200,6 +200,21 @@ def test_one_minus_an_exponential(t):
     assert found == pytest.approx(-math.expm1(-t), rel=1e-6)
 
 
+@given(st.integers(1, int(heads.FEW)), st.floats(-20, 20), st.floats(1e-30, 1))
+@settings(deadline=None)  # the first call compiles
+def test_factors_of_few_counts(x, log_theta, p):
+    theta = math.exp(log_theta)
+    with mpmath.workdps(40):
+        exact = mpmath.rf(mpmath.mpf(theta), x) / mpmath.factorial(x) * mpmath.mpf(p) ** x
+        slope = theta * (mpmath.digamma(x + mpmath.mpf(theta)) - mpmath.digamma(theta))
+    factor, found = heads.few(float(x), theta, p)
+    assert found == pytest.approx(float(slope), rel=1e-13)
+    if heads.LEAST < factor < heads.MOST:  # else the head does not take it
+        assert factor == pytest.approx(float(exact), rel=1e-13)
+    else:
+        assert not 2 * heads.LEAST < exact < heads.MOST / 2
+
+
 @given(st.sampled_from([1, 2, 7, 8, 9, 31, 1_000, 1_001, 10**6]), st.floats(-20, 20))
 @settings(deadline=None)  # the first call compiles
 def test_ratios_of_gamma_functions(x, log_theta):

@@ -14,8 +14,9 @@ has() { case " $PARTS " in *" $1 "*) true ;; *) false ;; esac }
 
 if has setup; then
   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl
-  mkdir -p "$site/cohortvi-0.1.0.dist-info" # the package's version is asked of its metadata
-  printf 'Metadata-Version: 2.1\nName: cohortvi\nVersion: 0.1.0\n' >"$site/cohortvi-0.1.0.dist-info/METADATA"
+  version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) # which is asked of the package's metadata
+  mkdir -p "$site/cohortvi-$version.dist-info"
+  printf 'Metadata-Version: 2.1\nName: cohortvi\nVersion: %s\n' "$version" >"$site/cohortvi-$version.dist-info/METADATA"
   python3 -c "import numba" || # it is particular about its numpy
     python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" .whl/numpy/*.whl
   python3 -c "import torch; print(torch.__version__, torch.cuda.get_device_name())"

@@ -131,10 +131,8 @@ def rising(x: float, theta: float, log_theta: float) -> tuple[float, float]:
     """Return log G(x + theta) - log G(theta) - log x! and theta times the digammas' difference, in double precision.
 
     For a whole number x > 0 the first is the sum of log((theta + k) / (k + 1)), the second that of theta / (theta + k),
-    over k < x: no digit is lost however large theta is. Most counts are 1 and need no more than log theta.
+    over k < x: no digit is lost however large theta is.
     """
-    if x == 1.0:
-        return log_theta, 1.0
     if x > SUMMED:
         value = math.lgamma(x + theta) - math.lgamma(theta) - math.lgamma(x + 1.0)
         return value, theta * (digamma(x + theta) - digamma(theta))
