@@ -14,6 +14,7 @@ from cohortvi.inference.fused import CountsProduct, Head
 from cohortvi.inference.likelihoods import nb_log_prob, poisson_log_prob, zinb_log_prob
 from cohortvi.inference.networks import Covariates
 from cohortvi.inference.objective import elbo
+from cohortvi.inference.products import product
 from cohortvi.inference.sparse import Counts, SparseCounts, dense, sparse_counts, take_rows
 from cohortvi.inference.vae import VAE
 
@@ -138,6 +139,26 @@ def plain_head(x_ng: torch.Tensor, likelihood: str, given: dict[str, torch.Tenso
         return -nb_log_prob(x_ng, log_mu_ng, given["theta"][0]).sum(1)
     zi_logits_ng = given["h"] @ given["zi.weight"].T + given["zi.bias"]
     return -zinb_log_prob(x_ng, log_mu_ng, given["theta"][0], zi_logits_ng).sum(1)
+
+
+@given(
+    shape=st.tuples(st.integers(0, 70), st.integers(1, 150), st.integers(1, 300)),
+    views=st.tuples(st.booleans(), st.booleans()),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 1_000),
+)
+@settings(max_examples=60, deadline=None)
+def test_products_of_any_shape_and_view(shape, views, has_bias, seed):
+    generator = torch.Generator().manual_seed(seed)
+    (n, k, m), (a_is_view, b_is_view) = shape, views
+    a = torch.randn(k, n, generator=generator).T if a_is_view else torch.randn(n, k, generator=generator)
+    b = torch.randn(m, k, generator=generator).T if b_is_view else torch.randn(k, m, generator=generator)
+    bias = torch.randn(m, generator=generator) if has_bias else None
+    with torch.no_grad():
+        found, again = product(a, b, bias), product(a, b, bias)
+    expected = a.double().numpy() @ b.double().numpy() + (bias.double().numpy() if has_bias else 0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert torch.equal(found, again)
 
 
 @given(n_obs=st.integers(1, 40), n_genes=st.integers(1, 200), n_hidden=st.integers(1, 40), seed=st.integers(0, 1_000))

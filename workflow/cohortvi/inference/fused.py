@@ -13,6 +13,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from cohortvi.inference import first_layer
 from cohortvi.inference import heads as compiled
+from cohortvi.inference.products import product
 from cohortvi.inference.sparse import DeviceCounts, SparseCounts, share_threads
 
 FIRST_HEAD = 6  # argument of Head
@@ -79,17 +80,18 @@ class Head(Function):
             _, logits, (dlibrary_n, dtheta) = _head(ctx.x, ctx.rows_n, given, dnll_n.contiguous(), is_trained=True)
             scale = dnll_n.new_ones(())
         dtype = logits[0].dtype
-        dh_nh, dheads = torch.zeros_like(h_nh, dtype=dtype), []
+        parts, dheads = [], []
         scaled_nh = (h_nh * scale).to(dtype)
         for k, (dlogits_ng, weight_gh) in enumerate(zip(logits, heads[::2], strict=True)):
             is_fixed = not ctx.needs_input_grad[FIRST_HEAD + 2 * k]
             if is_fixed:
                 dheads += [None, None]
             else:
-                dheads += [(dlogits_ng.T @ scaled_nh).float(), dlogits_ng.sum(0, dtype=torch.float32) * scale]
-            dh_nh.addmm_(dlogits_ng, weight_gh.to(dtype))
+                dweight_hg = product(scaled_nh.T, dlogits_ng)  # so, and not transposed: logits stay where they lie
+                dheads += [dweight_hg.float().T.contiguous(), dlogits_ng.sum(0, dtype=torch.float32) * scale]
+            parts.append(product(dlogits_ng, weight_gh.to(dtype)))
         dtheta = None if dtheta is None else dtheta.sum(0) * scale
-        return None, None, None, dh_nh.float() * scale, dlibrary_n * scale, dtheta, *dheads
+        return None, None, None, sum(parts).float() * scale, dlibrary_n * scale, dtheta, *dheads
 
 
 def _is_even(dnll_n: Tensor) -> bool:
@@ -109,7 +111,7 @@ def _head(
     h_nh, log_library_n, log_theta, *heads = given
     if isinstance(x, DeviceCounts):
         return _gpu_head(x, rows_n, given, weights_n, is_trained=is_trained)
-    logits = [torch.addmm(bias_g, h_nh, weight_gh.T) for weight_gh, bias_g in zip(heads[::2], heads[1::2], strict=True)]
+    logits = [product(h_nh, weight_gh.T, bias_g) for weight_gh, bias_g in zip(heads[::2], heads[1::2], strict=True)]
     nll_n, dlibrary_n, dtheta = torch.empty(len(h_nh)), torch.empty(len(h_nh)), None
     csr, cells = _arrays(x.indptr, x.indices, x.data), _arrays(log_library_n, weights_n)
     out, threads = _arrays(nll_n, dlibrary_n), share_threads()
