@@ -39,11 +39,14 @@ L0, L1, L2, L3, L4, L5, L6, L7, L8 = map(
      2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
 )  # fmt: skip
 SQRT_HALF_BITS, MANTISSA_BITS, BIAS = i32(0x3F3504F3), i32(23), i32(127)
+SQRT_HALF_BITS_64, MANTISSA_BITS_64, LN2 = 0x3FE6A09E667F3BCD, 52, math.log(2)  # in double precision
 SIGN, MAGNITUDE = i32(31), i32(0x7FFFFFFF)
 
 FACTORS = 8  # of a product before its logarithm is taken: no factor is above 1e30
 SUMMED = 1_000.0  # counts up to here by products, larger ones by lgamma
 FEW = 16.0  # counts up to here as factors of the cell's product
+FEWEST = 4.0  # counts up to here by vectors
+MULTIPLIED = 1024  # factors from sqrt(1/2) to sqrt(2) of a product, which is a normal number
 OVER_FACTORIAL = np.cumprod(1 / np.arange(1, FEW + 1))  # 1 / x!, from x = 1
 LEAST, MOST = 1e-100, 1e100  # a product of two factors in between is a normal number
 
@@ -63,6 +66,8 @@ def _cast(source: types.Type, to: types.Type, kind: ir.Type) -> Any:
 
 _as_int = _cast(types.float32, types.int32, ir.IntType(32))
 _as_float = _cast(types.int32, types.float32, ir.FloatType())
+_as_int_64 = _cast(types.float64, types.int64, ir.IntType(64))
+_as_float_64 = _cast(types.int64, types.float64, ir.DoubleType())
 
 
 @numba.njit(inline="always")
@@ -176,6 +181,29 @@ def _sum(values: Array) -> float:
     return total
 
 
+@numba.njit(**SUMS)
+def _dot(a: Array, b: Array) -> float:
+    total = 0.0
+    for j in range(len(a)):
+        total += a[j] * b[j]
+    return total
+
+
+@numba.njit(**SUMS)
+def _sum_of_logs(values: Array) -> float:
+    """Return the sum of the logarithms of positive normal numbers: of their exponents, and of one product's."""
+    found = 0.0
+    for start in range(0, len(values), MULTIPLIED):
+        exponents, product = 0, 1.0
+        for j in range(start, min(start + MULTIPLIED, len(values))):
+            bits = _as_int_64(f64(values[j]))
+            exponent = (bits - SQRT_HALF_BITS_64) >> MANTISSA_BITS_64
+            exponents += exponent
+            product *= _as_float_64(bits - (exponent << MANTISSA_BITS_64))
+        found += exponents * LN2 + math.log(product)
+    return found
+
+
 @numba.njit(inline="always")
 def _ordered(bits: int) -> int:
     """Return integers in the order of the numbers that these are the bits of; twice, the bits again."""
@@ -233,6 +261,48 @@ def _poisson_row(
 
 
 @numba.njit(**ROWS)
+def _fewest(x: Array, theta: Array, r: Array, found: Arrays) -> None:
+    """Write `few` of counts up to FEWEST, with r / (1 + r) for p, and 1 / (1 + r), in vector instructions."""
+    value, psi, inverse = found
+    for j in range(len(x)):
+        a, y, above, below = theta[j], 1.0 + r[j], 0.0, 1.0
+        v2, v3, v4 = (a + 1.0) * r[j] * 0.5, (a + 2.0) * r[j] * (1 / 3), (a + 3.0) * r[j] * 0.25
+        v, q = a * r[j], y
+        if x[j] > 1.0:
+            v, q, above, below = v * v2, q * y, 1.0, a + 1.0
+        if x[j] > 2.0:
+            v, q, above, below = v * v3, q * y, above * (a + 2.0) + below, below * (a + 2.0)
+        if x[j] > 3.0:
+            v, q, above, below = v * v4, q * y, above * (a + 3.0) + below, below * (a + 3.0)
+        both = 1.0 / (q * below)
+        value[j], psi[j] = v * below * both, 1.0 + a * above * (q * both)
+        inverse[j] = 1.0 / y
+
+
+@numba.njit(**ROWS)
+def _counted(
+    s: Array, nonzero: Arrays, e: Array, scale: float, logs: tuple[float, float], thetas: Arrays, wide: Array
+) -> float:
+    """Write x, theta, value, psi and 1 / (1 + r) of the non-zero counts into wide; return the rest of the sum."""
+    (ids, counts), (theta, inverse_theta, log_theta), (log_z, log_library) = nonzero, thetas, logs
+    m, found = len(ids), 0.0
+    x, a, value, psi, inverse, r = wide[0][:m], wide[1][:m], wide[2][:m], wide[3][:m], wide[4][:m], wide[5][:m]
+    for j in range(m):
+        g = ids[j]
+        x[j], a[j], r[j] = f64(counts[j]), f64(theta[g]), f64(e[g] * scale * inverse_theta[g])
+    _fewest(x, a, r, (value, psi, inverse))
+    for j in range(m):
+        if x[j] > FEWEST or not LEAST < value[j] < MOST:
+            value[j], psi[j] = few(x[j], a[j], r[j] * inverse[j]) if x[j] <= FEW else (0.0, 0.0)
+            if not LEAST < value[j] < MOST:
+                g = ids[j]
+                rise, psi[j] = rising(x[j], a[j], f64(log_theta[g]))
+                found += rise + x[j] * _log_p(s[g] - log_z + log_library - log_theta[g], inverse[j])
+                value[j] = 1.0
+    return found
+
+
+@numba.njit(**ROWS)
 def _nb_row(
     s: Array,
     nonzero: Arrays,
@@ -240,43 +310,31 @@ def _nb_row(
     weight: float,
     thetas: Arrays,
     dtheta: Array,
-    scratch: Array,
+    scratch: Arrays,
     is_trained: bool,
 ) -> tuple[float, float]:
     """`thetas`: theta, 1 / theta and log theta; to `dtheta` the gradient by log theta is added."""
-    (ids, counts), (theta, inverse_theta, log_theta) = nonzero, thetas
-    n = len(s)
-    e, a, t, inverse = scratch[0][:n], scratch[1][:n], scratch[2][:n], scratch[3][:n]
+    (ids, counts), (theta, inverse_theta, _), (narrow, wide) = nonzero, thetas, scratch
+    n, m = len(s), len(ids)
+    e, a, t = narrow[0][:n], narrow[1][:n], narrow[2][:n]
     z, log_z = _exponentials(s, e)
     scale = f32(math.exp(log_library) / z)
-    for g in range(len(s)):  # as if all counts were 0
+    for g in range(n):  # as if all counts were 0
         r = e[g] * scale * inverse_theta[g]
         i = ONE / (ONE + r)
         t[g], a[g] = theta[g] * log1p(r, i), theta[g] * (r * i)
-    found, slope, product = -f64(_sum(t)), -f64(_sum(a)), 1.0
-    for j in range(len(ids)):
-        g, x, r = ids[j], f64(counts[j]), f64(e[ids[j]] * scale * inverse_theta[ids[j]])
-        i = 1.0 / (1.0 + r)
-        slope += x * i
-        inverse[g] = f32(i)
-        factor, psi = few(x, f64(theta[g]), r * i) if x <= FEW else (0.0, 0.0)
-        if not LEAST < factor < MOST:
-            value, psi = rising(x, f64(theta[g]), f64(log_theta[g]))
-            found += value + x * _log_p(s[g] - log_z + log_library - log_theta[g], i)
-            factor = 1.0
-        product *= factor
-        if not LEAST < product < MOST:
-            found, product = found + math.log(product), 1.0
-        if is_trained:
-            dtheta[g] -= f32(weight * (psi - x * i))
-    found += math.log(product)
+    found = _counted(s, nonzero, e, scale, (log_z, log_library), thetas, wide)
+    x, value, psi, inverse = wide[0][:m], wide[2][:m], wide[3][:m], wide[4][:m]
+    found += _sum_of_logs(value) - f64(_sum(t))
+    slope = _dot(x, inverse) - f64(_sum(a))
     if is_trained:
         w, q = f32(weight), f32(slope / z)
-        for g in range(len(s)):
+        for g in range(n):
             dtheta[g] -= w * (a[g] - t[g])
             s[g] = w * (a[g] + e[g] * q)
-        for j in range(len(ids)):
-            s[ids[j]] -= w * counts[j] * inverse[ids[j]]
+        for j in range(m):
+            dtheta[ids[j]] -= f32(weight * (psi[j] - x[j] * inverse[j]))
+            s[ids[j]] -= f32(weight * x[j] * inverse[j])
     return -found, -weight * slope
 
 
@@ -288,17 +346,17 @@ def _zinb_row(
     weight: float,
     thetas: Arrays,
     dtheta: Array,
-    scratch: Array,
+    scratch: Arrays,
     is_trained: bool,
 ) -> tuple[float, float]:
     """log(pi [x = 0] + (1 - pi) NB(x)), logit of pi d.
 
     With u = e^-|d| and v = NB(0), a zero has log((u + v) / (1 + u)) for d <= 0 and log((1 + u v) / (1 + u)) above.
     """
-    (s, d), (ids, counts), (theta, inverse_theta, log_theta) = s, nonzero, thetas
-    n = len(s)
-    e, a, t, p = scratch[0][:n], scratch[1][:n], scratch[2][:n], scratch[3][:n]
-    c, ll, zi, pi, rest = scratch[4][:n], scratch[5][:n], scratch[6][:n], scratch[7][:n], scratch[8][:n]
+    (s, d), (ids, counts), (theta, inverse_theta, _), (narrow, wide) = s, nonzero, thetas, scratch
+    n, m = len(s), len(ids)
+    e, a, t, p = narrow[0][:n], narrow[1][:n], narrow[2][:n], narrow[3][:n]
+    c, zero, zi = narrow[4][:n], narrow[5][:n], narrow[6][:n]
     z, log_z = _exponentials(s, e)
     scale = f32(math.exp(log_library) / z)
     for g in range(n):
@@ -310,32 +368,34 @@ def _zinb_row(
         inflated, counted = (u, v) if d[g] <= 0 else (ONE, u * v)
         both, alone = ONE / (inflated + counted), ONE / (ONE + u)
         c[g] = counted * both  # the probability that the zero is one of the NB's
-        a[g], ll[g] = c[g] * p[g], log(alone * (inflated + counted))
-        pi[g], zi[g] = inflated * alone, -u * alone * both * decayed(t[g], v)
-        rest[g] = alone if d[g] <= 0 else u * alone  # 1 - pi, with all its digits
-    found, product = 0.0, 1.0
-    for j in range(len(ids)):
-        g, x, r = ids[j], f64(counts[j]), f64(e[ids[j]] * scale * inverse_theta[ids[j]])
-        i, counted = 1.0 / (1.0 + r), f64(rest[g])
-        factor, psi = few(x, f64(theta[g]), r * i) if x <= FEW else (0.0, 0.0)
-        factor *= counted
-        if not LEAST < factor < MOST:
-            value, psi = rising(x, f64(theta[g]), f64(log_theta[g]))
-            found += value + x * _log_p(s[g] - log_z + log_library - log_theta[g], i)
-            factor = counted
-        product *= factor
-        if not LEAST < product < MOST:
-            found, product = found + math.log(product), 1.0
-        ll[g], a[g], c[g], zi[g] = -t[g], p[g] - f32(x * i), ONE, pi[g]
-        if is_trained:
-            dtheta[g] -= f32(weight * (psi - x * i))
+        a[g], zero[g], zi[g] = c[g] * p[g], alone * (inflated + counted), -u * alone * both * decayed(t[g], v)
+    found = _counted(s, nonzero, e, scale, (log_z, log_library), thetas, wide)
+    x, value, psi, inverse = wide[0][:m], wide[2][:m], wide[3][:m], wide[4][:m]
+    pi, beside = narrow[7][:m], narrow[8][:m]
+    for j in range(m):
+        pi[j], beside[j] = d[ids[j]], t[ids[j]]
+    found -= f64(_sum(beside))
+    for j in range(m):
+        u = exp(-abs(pi[j]))
+        alone = ONE / (ONE + u)
+        rest = alone if pi[j] <= 0 else u * alone  # 1 - pi, with all its digits
+        pi[j] = u * alone if pi[j] <= 0 else alone
+        value[j] *= f64(rest)
+    for j in range(m):
+        g = ids[j]
+        a[g], c[g], zero[g], zi[g] = p[g] - f32(x[j] * inverse[j]), ONE, ONE, pi[j]
+    for g in range(n):
+        zero[g] = log(zero[g])
+    found += _sum_of_logs(value) + f64(_sum(zero))
     slope = -f64(_sum(a))
     if is_trained:
         w, q = f32(weight), f32(slope / z)
         for g in range(n):
             s[g], d[g] = w * (a[g] + e[g] * q), w * zi[g]
             dtheta[g] -= w * c[g] * (p[g] - t[g])
-    return -(found + math.log(product) + f64(_sum(ll))), -weight * slope
+        for j in range(m):
+            dtheta[ids[j]] -= f32(weight * (psi[j] - x[j] * inverse[j]))
+    return -found, -weight * slope
 
 
 @numba.njit(**LOOPS)
@@ -372,7 +432,7 @@ def nb_head(
     theta, parts = np.exp(log_theta), len(dtheta)
     inverse = ONE / theta
     for part in numba.prange(parts):
-        scratch = _aligned(9, logits.shape[1])
+        scratch = (_aligned(9, logits.shape[1]), np.empty((6, logits.shape[1])))
         for n in range(len(nll) * part // parts, len(nll) * (part + 1) // parts):
             row, nonzero = rows[n], (ids[indptr[n] : indptr[n + 1]], counts[indptr[n] : indptr[n + 1]])
             thetas = (theta[row], inverse[row], log_theta[row])
