@@ -53,10 +53,7 @@ class Adam:
         if clip is not None:
             excess = (torch.nn.utils.get_total_norm(grads) / clip).clamp(min=1.0)
         torch._fused_adam_(
-            self.parameters,
-            grads,
-            self.first,
-            self.second,
+            *([_as_it_lies(tensor) for tensor in part] for part in (self.parameters, grads, self.first, self.second)),
             [],
             [self.count] * len(grads),
             lr=learning_rate,
@@ -82,3 +79,8 @@ class Adam:
         """Become what `tensors` was taken of. Errors: KeyError if it was of other parameters."""
         for name, tensor in self.tensors().items():
             tensor.copy_(tensors[name])
+
+
+def _as_it_lies(tensor: Tensor) -> Tensor:
+    """Return a matrix whose columns lie together as its transpose, of which the kernel makes no copy."""
+    return tensor if tensor.is_contiguous() else tensor.T

@@ -141,7 +141,7 @@ def load_model(path: str | Path) -> tuple[VAE, dict[str, Any]]:
 
 def _save_tensors(tensors: Tensors, path: Path) -> None:
     with replacing(path) as partial, partial.open("wb") as file:
-        file.write(save(tensors))
+        file.write(save({name: value.contiguous() for name, value in tensors.items()}))
         os.fsync(file.fileno())  # the JSON beside it must not reach the disk first
 
 

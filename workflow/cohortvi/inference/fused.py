@@ -88,7 +88,7 @@ class Head(Function):
                 dheads += [None, None]
             else:
                 dweight_hg = product(scaled_nh.T, dlogits_ng)  # so, and not transposed: logits stay where they lie
-                dheads += [dweight_hg.float().T.contiguous(), dlogits_ng.sum(0, dtype=torch.float32) * scale]
+                dheads += [dweight_hg.float().T, dlogits_ng.sum(0, dtype=torch.float32) * scale]
             parts.append(product(dlogits_ng, weight_gh.to(dtype)))
         dtheta = None if dtheta is None else dtheta.sum(0) * scale
         return None, None, None, sum(parts).float() * scale, dlibrary_n * scale, dtheta, *dheads

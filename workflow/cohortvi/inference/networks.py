@@ -230,6 +230,13 @@ class Encoder(nn.Module):
         return FullGaussian(diagonal.loc_nk, tril_nkk)
 
 
+def _to_genes(n_hidden: int, n_genes: int) -> nn.Linear:
+    """Return a linear layer whose weight, (g, h), lies in memory as (h, g): so its gradient is made (fused.py)."""
+    linear = nn.Linear(n_hidden, n_genes)
+    linear.weight = nn.Parameter(linear.weight.detach().T.contiguous().T)
+    return linear
+
+
 class Decoder(nn.Module):
     """What the likelihood needs of every gene, from the latent and the covariates.
 
@@ -251,9 +258,9 @@ class Decoder(nn.Module):
         self.hidden, self.n_categories = hidden, teller.n_categories
         n_in = n_latent + teller.n_first + sum(teller.n_categories)
         n_hidden = n_in if hidden is None else len(hidden.layers[-1].linear.bias)
-        self.px_scale = nn.Linear(n_hidden, n_genes)
+        self.px_scale = _to_genes(n_hidden, n_genes)
         # scvi-tools computes this head for every likelihood; only ZINB has a use for it.
-        self.zi_logits = nn.Linear(n_hidden, n_genes) if zero_inflated else None
+        self.zi_logits = _to_genes(n_hidden, n_genes) if zero_inflated else None
         self.log_theta = nn.Linear(n_hidden, n_genes) if own_theta else None  # of dispersion gene-cell
 
     @property
