@@ -262,20 +262,25 @@ def _poisson_row(
 
 @numba.njit(**ROWS)
 def _fewest(x: Array, theta: Array, r: Array, found: Arrays) -> None:
-    """Write `few` of counts up to FEWEST, with r / (1 + r) for p, and 1 / (1 + r), in vector instructions."""
+    """Write `few` of counts up to FEWEST and 1 / (1 + r), p being r / (1 + r), in vector instructions.
+
+    What it writes for larger counts is of no use.
+    """
     value, psi, inverse = found
     for j in range(len(x)):
         a, y, above, below = theta[j], 1.0 + r[j], 0.0, 1.0
-        v2, v3, v4 = (a + 1.0) * r[j] * 0.5, (a + 2.0) * r[j] * (1 / 3), (a + 3.0) * r[j] * 0.25
-        v, q = a * r[j], y
+        numerator, denominator = a * r[j], y
+        second, third, fourth = (a + 1.0) * r[j] * (1 / 2), (a + 2.0) * r[j] * (1 / 3), (a + 3.0) * r[j] * (1 / 4)
         if x[j] > 1.0:
-            v, q, above, below = v * v2, q * y, 1.0, a + 1.0
+            numerator, denominator, above, below = numerator * second, denominator * y, 1.0, a + 1.0
         if x[j] > 2.0:
-            v, q, above, below = v * v3, q * y, above * (a + 2.0) + below, below * (a + 2.0)
+            numerator, denominator = numerator * third, denominator * y
+            above, below = above * (a + 2.0) + below, below * (a + 2.0)
         if x[j] > 3.0:
-            v, q, above, below = v * v4, q * y, above * (a + 3.0) + below, below * (a + 3.0)
-        both = 1.0 / (q * below)
-        value[j], psi[j] = v * below * both, 1.0 + a * above * (q * both)
+            numerator, denominator = numerator * fourth, denominator * y
+            above, below = above * (a + 3.0) + below, below * (a + 3.0)
+        both = 1.0 / (denominator * below)  # one division for two
+        value[j], psi[j] = numerator * below * both, 1.0 + a * above * (denominator * both)
         inverse[j] = 1.0 / y
 
 
@@ -283,7 +288,10 @@ def _fewest(x: Array, theta: Array, r: Array, found: Arrays) -> None:
 def _counted(
     s: Array, nonzero: Arrays, e: Array, scale: float, logs: tuple[float, float], thetas: Arrays, wide: Array
 ) -> float:
-    """Write x, theta, value, psi and 1 / (1 + r) of the non-zero counts into wide; return the rest of the sum."""
+    """Write x, theta, value, psi and 1 / (1 + r) of the non-zero counts into `wide`.
+
+    The sum of log(value) and of what is returned is that of `rising` + x log p; psi is `rising`'s slope.
+    """
     (ids, counts), (theta, inverse_theta, log_theta), (log_z, log_library) = nonzero, thetas, logs
     m, found = len(ids), 0.0
     x, a, value, psi, inverse, r = wide[0][:m], wide[1][:m], wide[2][:m], wide[3][:m], wide[4][:m], wide[5][:m]
@@ -314,7 +322,7 @@ def _nb_row(
     is_trained: bool,
 ) -> tuple[float, float]:
     """`thetas`: theta, 1 / theta and log theta; to `dtheta` the gradient by log theta is added."""
-    (ids, counts), (theta, inverse_theta, _), (narrow, wide) = nonzero, thetas, scratch
+    ids, (theta, inverse_theta, _), (narrow, wide) = nonzero[0], thetas, scratch
     n, m = len(s), len(ids)
     e, a, t = narrow[0][:n], narrow[1][:n], narrow[2][:n]
     z, log_z = _exponentials(s, e)
@@ -353,7 +361,7 @@ def _zinb_row(
 
     With u = e^-|d| and v = NB(0), a zero has log((u + v) / (1 + u)) for d <= 0 and log((1 + u v) / (1 + u)) above.
     """
-    (s, d), (ids, counts), (theta, inverse_theta, _), (narrow, wide) = s, nonzero, thetas, scratch
+    (s, d), ids, (theta, inverse_theta, _), (narrow, wide) = s, nonzero[0], thetas, scratch
     n, m = len(s), len(ids)
     e, a, t, p = narrow[0][:n], narrow[1][:n], narrow[2][:n], narrow[3][:n]
     c, zero, zi = narrow[4][:n], narrow[5][:n], narrow[6][:n]
@@ -371,10 +379,10 @@ def _zinb_row(
         a[g], zero[g], zi[g] = c[g] * p[g], alone * (inflated + counted), -u * alone * both * decayed(t[g], v)
     found = _counted(s, nonzero, e, scale, (log_z, log_library), thetas, wide)
     x, value, psi, inverse = wide[0][:m], wide[2][:m], wide[3][:m], wide[4][:m]
-    pi, beside = narrow[7][:m], narrow[8][:m]
+    pi, own_t = narrow[7][:m], narrow[8][:m]
     for j in range(m):
-        pi[j], beside[j] = d[ids[j]], t[ids[j]]
-    found -= f64(_sum(beside))
+        pi[j], own_t[j] = d[ids[j]], t[ids[j]]
+    found -= f64(_sum(own_t))
     for j in range(m):
         u = exp(-abs(pi[j]))
         alone = ONE / (ONE + u)

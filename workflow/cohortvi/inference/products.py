@@ -1,18 +1,13 @@
 """Products of large matrices. On CPUs, in single precision, they are oneDNN's, which torch holds beside MKL.
 
-MKL takes processors that are not Intel's for older ones: on a Zen 5 it does not use AVX-512, and oneDNN is 2.3 times as
-fast (`make bench-training` tells). torch gives it float32 by this operator alone, which its compiler uses too.
+MKL takes processors that are not Intel's for older ones: on a Zen 5 it does without AVX-512, and oneDNN is more than
+twice as fast (`make bench-training`). torch gives it float32 by this operator alone, which its compiler uses too.
 """
 
 import torch
 from torch import Tensor
 
-
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-HAS_ONEDNN = _has_onednn()
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
