@@ -1,6 +1,8 @@
 """The compiled loops over sparse counts equal plain torch in float64 on the dense counts, gradients and all."""
 
+import hashlib
 import math
+from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cohortvi.inference import heads
+from cohortvi.inference import arithmetic, heads
 from cohortvi.inference.fused import CountsProduct, Head
 from cohortvi.inference.likelihoods import nb_log_prob, poisson_log_prob, zinb_log_prob
 from cohortvi.inference.networks import Covariates
@@ -198,43 +200,43 @@ def test_cells_without_any_count():
 @settings(deadline=None)  # the first call compiles
 def test_exponential(x):
     expected = math.exp(min(max(x, -87.3), 88.0))
-    assert heads.exp(np.float32(x)) == pytest.approx(expected, rel=3e-7)
+    assert arithmetic.exp(np.float32(x)) == pytest.approx(expected, rel=3e-7)
 
 
 @given(st.floats(2**-120, 2**120, width=32))
 @settings(deadline=None)  # the first call compiles
 def test_logarithm(x):
-    assert heads.log(np.float32(x)) == pytest.approx(math.log(x), rel=3e-7, abs=1e-7)
+    assert arithmetic.log(np.float32(x)) == pytest.approx(math.log(x), rel=3e-7, abs=1e-7)
 
 
 @given(st.floats(0, 2**60, width=32))
 @settings(deadline=None)  # the first call compiles
 def test_logarithm_of_one_and_a_bit(x):
     x = np.float32(x)
-    found = heads.log1p(x, np.float32(1) / (np.float32(1) + x))
+    found = arithmetic.log1p(x, np.float32(1) / (np.float32(1) + x))
     assert found == pytest.approx(math.log1p(x), rel=4e-7, abs=1e-38)
 
 
 @given(st.floats(0, 80, width=32))
 @settings(deadline=None)  # the first call compiles
 def test_one_minus_an_exponential(t):
-    found = heads.decayed(np.float32(t), np.float32(math.exp(-t)))
+    found = arithmetic.decayed(np.float32(t), np.float32(math.exp(-t)))
     assert found == pytest.approx(-math.expm1(-t), rel=1e-6)
 
 
-@given(st.integers(1, int(heads.FEW)), st.floats(-20, 20), st.floats(1e-30, 1))
+@given(st.integers(1, int(arithmetic.FEW)), st.floats(-20, 20), st.floats(1e-30, 1))
 @settings(deadline=None)  # the first call compiles
 def test_factors_of_few_counts(x, log_theta, p):
     theta = math.exp(log_theta)
     with mpmath.workdps(40):
         exact = mpmath.rf(mpmath.mpf(theta), x) / mpmath.factorial(x) * mpmath.mpf(p) ** x
         slope = theta * (mpmath.digamma(x + mpmath.mpf(theta)) - mpmath.digamma(theta))
-    factor, found = heads.few(float(x), theta, p)
+    factor, found = arithmetic.few(float(x), theta, p)
     assert found == pytest.approx(float(slope), rel=1e-13)
-    if heads.LEAST < factor < heads.MOST:  # else the head does not take it
+    if arithmetic.LEAST < factor < arithmetic.MOST:  # else the head does not take it
         assert factor == pytest.approx(float(exact), rel=1e-13)
     else:
-        assert not 2 * heads.LEAST < exact < heads.MOST / 2
+        assert not 2 * arithmetic.LEAST < exact < arithmetic.MOST / 2
 
 
 @given(st.sampled_from([1, 2, 7, 8, 9, 31, 1_000, 1_001, 10**6]), st.floats(-20, 20))
@@ -244,6 +246,18 @@ def test_ratios_of_gamma_functions(x, log_theta):
     with mpmath.workdps(40):
         value = mpmath.loggamma(x + mpmath.mpf(theta)) - mpmath.loggamma(theta) - mpmath.loggamma(x + 1)
         slope = theta * (mpmath.digamma(x + mpmath.mpf(theta)) - mpmath.digamma(theta))
-    found = heads.rising(float(x), theta, math.log(theta))
+    found = arithmetic.rising(float(x), theta, math.log(theta))
     assert found[0] == pytest.approx(float(value), rel=1e-9, abs=1e-6)
     assert found[1] == pytest.approx(float(slope), rel=1e-7)
+
+
+@given(st.integers(0, 3_000), st.integers(0, 1_000))
+@settings(max_examples=20, deadline=None)
+def test_sums_of_logarithms_of_any_number_of_numbers(n, seed):
+    values = np.exp(np.random.default_rng(seed).uniform(-230, 230, n))
+    assert arithmetic.sum_of_logs(values) == pytest.approx(math.fsum(map(math.log, values)), rel=1e-12, abs=1e-9)
+
+
+def test_loops_on_disk_are_compiled_anew_when_their_arithmetic_changes():
+    found = hashlib.sha256(Path(arithmetic.__file__).read_bytes()).hexdigest()[:12]
+    assert found == heads.ARITHMETIC, f"heads.py: ARITHMETIC is {heads.ARITHMETIC}; expected {found}, of arithmetic.py"

@@ -23,7 +23,7 @@ ROOMS = [
 ]
 BASE = {"faults", "typed", "config", "files", "log", "progress", "digest"}
 # The two rooms that meet: where inference and files come together.
-COMPILED = {"first_layer", "fused", "gpu", "gpu_kernels", "heads", "products", "sparse"}
+COMPILED = {"arithmetic", "first_layer", "fused", "gpu", "gpu_kernels", "heads", "products", "sparse"}
 MATHEMATICS = {
     "likelihoods",
     "priors",
