@@ -37,7 +37,7 @@ SUMMED = 1_000.0  # counts up to here by products, larger ones by lgamma
 FEW = 16.0  # counts up to here as factors of the cell's product
 MULTIPLIED = 1024  # factors from sqrt(1/2) to sqrt(2) of a product, which is a normal number
 OVER_FACTORIAL = np.cumprod(1 / np.arange(1, FEW + 1))  # 1 / x!, from x = 1
-LEAST, MOST = 1e-100, 1e100  # a product of two factors in between is a normal number
+LEAST, MOST = 1e-100, 1e100  # a number in between times any of single precision is a normal number
 
 
 def _cast(source: types.Type, to: types.Type, kind: ir.Type) -> Any:

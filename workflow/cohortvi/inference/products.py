@@ -11,7 +11,10 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, 
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return a (n, k) times b (k, m), plus bias (m,). Either may be a transposed view; no gradients are recorded."""
+    """Return a (n, k) times b (k, m), plus bias (m,). Either may be a transposed view; no gradients are recorded.
+
+    Errors: RuntimeError, of torch, for shapes that do not fit.
+    """
     if HAS_ONEDNN and a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and b.numel():
         return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
     return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
