@@ -105,7 +105,7 @@ def main() -> None:
     quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--weight", type=float, default=10)
+    parser.add_argument("--weight", type=float, default=30)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     values = yaml.safe_load((ROOT / "config/config.yaml").read_text())["models"]["nb"] | {"device": "cpu"}

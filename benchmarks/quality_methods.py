@@ -52,7 +52,7 @@ OURS: dict[str, dict[str, Any]] = {
     "cohortvi flow": {"posterior": "flow"},
     "cohortvi semi-supervised": {
         "prior": "mixture",
-        "labels": {"column": "cell_type", "unknown": [UNKNOWN], "weight": 10.0},
+        "labels": {"column": "cell_type", "unknown": [UNKNOWN], "weight": 30.0},
     },
 }
 
