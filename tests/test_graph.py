@@ -55,6 +55,7 @@ class Blind(TorchDispatchMode):
 
 
 CAPTURED = MODELS | {name: VARIANTS[name] for name in ("full", "flow", "told")}
+CAPTURED |= {"poisson": {"likelihood": "poisson", "dispersion": "gene-cell"}}
 CAPTURED |= {"labelled": VARIANTS["labelled"] | {"dispersion": "gene"}, "zinb-flow": {"likelihood": "zinb"}}
 
 

@@ -66,15 +66,18 @@ def iwelbo(
 
     Gradients are doubly reparametrised (Tucker, Lawson, Gu, Maddison 2019, equations 8 and 11): the parameters of q in
     log q get none, and z passes on sum_k share_k^2 d log w_k / dz, while the decoder gets sum_k share_k d log w_k.
+    That is so for z of which log w_k of its own cell alone depends. With batch norm in the decoder other cells' do as
+    well, and gradients are the plain ones, sum_k share_k d log w_k all through.
     """
-    qz, shares = vae.encode(x, covariates), []
+    qz, shares, is_doubly = vae.encode(x, covariates), [], not vae.decoder_mixes_cells
     log_weights, reconstructions, kls = [], [], []
     for k, noise_nk in enumerate(noise_snk):
-        z_nk, _ = qz.draw(noise_nk)
-        if z_nk.requires_grad:
+        z_nk, log_q_n = qz.draw(noise_nk)
+        if is_doubly and z_nk.requires_grad:
             z_nk.register_hook(partial(_weigh, shares, k))
         reconstructions.append(vae.reconstruction(x, z_nk, covariates))
-        kls.append(qz.stopped_log_prob(z_nk) - vae.log_prior(z_nk, covariates.label_n))
+        log_q_n = qz.stopped_log_prob(z_nk) if is_doubly else log_q_n
+        kls.append(log_q_n - vae.log_prior(z_nk, covariates.label_n))
         log_weights.append(-reconstructions[-1] - kl_weight * kls[-1])
         if covariates.label_n is not None:
             log_weights[-1] = log_weights[-1] - label_weight * vae.label_loss(z_nk, covariates.label_n)

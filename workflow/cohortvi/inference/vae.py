@@ -123,6 +123,12 @@ class VAE(nn.Module):
         return self.decoder.px_scale.weight.device
 
     @property
+    def decoder_mixes_cells(self) -> bool:
+        """Whether p(x | z) of a cell depends on the other cells at hand: by batch norm in the decoder, in training."""
+        has_norm = self.settings["norm"] == "batch" and self.settings["decoder"] == "nonlinear"
+        return has_norm and self.decoder.training
+
+    @property
     def _has_theta(self) -> bool:
         return self.likelihood != "poisson"
 
@@ -186,7 +192,7 @@ class VAE(nn.Module):
 
     def reconstruction(self, x: Counts, z_nk: Tensor, covariates: Covariates) -> Tensor:
         """Return -log p(x | z) of each cell, (n,); counts (n, g), z (n, k). An observed library is that of x."""
-        if not is_fused(x, z_nk) or self.dispersion in ("gene-cell", "gene-label"):
+        if not is_fused(x, z_nk) or (self._has_theta and self.dispersion in ("gene-cell", "gene-label")):
             return -self.predict(x, z_nk, covariates).log_prob(dense(x, z_nk.dtype)).sum(1)
         h_nh, log_library_n1 = self._features(z_nk, covariates), self._log_library(x, z_nk, covariates)
         log_theta, rows_n = None, covariates.batch_n
