@@ -1,8 +1,9 @@
 """Training state and models on disk: safetensors for tensors, JSON for the rest, nothing that unpickles.
 
 A checkpoint is step-XXXXXXXX.safetensors with step-XXXXXXXX.json, which is written last and names the digest of the
-first: a pair that disagrees, or lacks a half, is not a checkpoint and the one before it is taken. The last two are
-kept. One process at a time holds the folder (flock); the lock falls with the process, however that ends.
+first. A pair that disagrees, or lacks a half, is none: who opens the folder removes it, so that it takes no whole one's
+place, and the one before it is the newest. The last two are kept. One process at a time holds the folder
+(flock); the lock falls with the process, however that ends.
 """
 
 import fcntl
@@ -62,8 +63,7 @@ class Checkpoints:
                 f"{self.folder}: another process is training into this folder; expected one at a time. "
                 "Wait for it or end it, then start again."
             ) from None
-        for path in [*self.folder.glob("*.partial"), *self._orphans()]:
-            remove(path)
+        self._tidy()
         self.written = time.monotonic()
         return self
 
@@ -89,19 +89,19 @@ class Checkpoints:
     def newest(self) -> tuple[Tensors, dict[str, Any]] | None:
         """Return tensors and facts of the newest checkpoint that is whole; None if there is none."""
         for path in sorted(self.folder.glob("step-*.json"), reverse=True):
-            tensors = path.with_suffix(".safetensors")
-            try:
-                found = read_json(path)
-                whole = tensors.exists() and found["digest"] == _digest(tensors)
-            except json.JSONDecodeError:
-                whole = False
-            if whole:
-                return load_file(tensors), found["facts"]
-            logger.info("checkpoint %s is damaged; the one before it is taken", path.stem)
+            if _is_whole(path):
+                return load_file(path.with_suffix(".safetensors")), read_json(path)["facts"]
         return None
 
-    def _orphans(self) -> list[Path]:
-        return [path for path in self.folder.glob("step-*.safetensors") if not path.with_suffix(".json").exists()]
+    def _tidy(self) -> None:
+        """Remove what is no checkpoint: half-written files, and pairs that are damaged or lack a half."""
+        for path in self.folder.glob("*.partial"):
+            remove(path)
+        for path in {path.with_suffix(".json") for path in self.folder.glob("step-*")}:
+            if not _is_whole(path):
+                logger.info("checkpoint %s is damaged or half-written; it is removed", path.stem)
+                remove(path)
+                remove(path.with_suffix(".safetensors"))
 
 
 class Signals:
@@ -143,6 +143,15 @@ def _save_tensors(tensors: Tensors, path: Path) -> None:
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(save({name: value.contiguous() for name, value in tensors.items()}))
         os.fsync(file.fileno())  # the JSON beside it must not reach the disk first
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the checkpoint of this JSON file is as it was written."""
+    tensors = path.with_suffix(".safetensors")
+    try:
+        return tensors.exists() and read_json(path)["digest"] == _digest(tensors)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
 
 
 def _digest(path: Path) -> str:
