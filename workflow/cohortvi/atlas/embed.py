@@ -19,7 +19,7 @@ from cohortvi.config import Embed
 from cohortvi.files import read_json
 from cohortvi.inference.covariates import Sheet
 from cohortvi.inference.labels import label_probabilities
-from cohortvi.inference.posteriors import DiagonalGaussian, Posterior
+from cohortvi.inference.posteriors import DiagonalGaussian, Gaussian, Posterior
 from cohortvi.inference.prepare import EMBED, seed_torch
 from cohortvi.inference.reading import Chunk, Source
 from cohortvi.inference.refinement import Refined, refined
@@ -137,30 +137,30 @@ class _Encoder:
         is_told = self.vae.encode_covariates or self.settings.refine_above is not None
         for chunk in self.source.chunks(reader, chunk_cells, is_told=is_told):
             qz = self.vae.encode(chunk.x, chunk.covariates)
-            loc_nk, scale_nk = qz.moments(self.noise_snk)
-            own_m = torch.empty(0, dtype=torch.int64, device=self.vae.device)  # cells with a posterior of their own
-            if self.settings.refine_above is not None:
-                start = DiagonalGaussian(loc_nk, scale_nk)
-                loc_nk, scale_nk, own_m, *_ = self._refine(chunk, start, (code, chunk.start))
-            values = [loc_nk, scale_nk]
+            start = DiagonalGaussian(*qz.moments(self.noise_snk))
+            rows_m, own = self._refine(chunk, qz, start, (code, chunk.start))
+            moments = zip(start, own.moments(self.noise_snk), strict=True)
+            values = [whole.index_copy(0, rows_m, part) for whole, part in moments]
             if self.settings.samples:
                 noise_snk = self.source.noise(reader, chunk, self.settings.samples, (self.seed, EMBED))
-                values.append(_samples(qz, DiagonalGaussian(loc_nk, scale_nk), own_m, noise_snk))
+                z_snk = qz.draw(noise_snk)[0].index_copy(1, rows_m, own.sample(noise_snk[:, rows_m]))
+                values.append(z_snk.transpose(0, 1))
             values = [value[..., : self.vae.n_latent] for value in values]
             if self.vae.n_labels:
-                of_own = label_probabilities(self.vae, DiagonalGaussian(loc_nk[own_m], scale_nk[own_m]))
-                values.append(label_probabilities(self.vae, qz).index_copy(0, own_m, of_own))
+                probabilities_nl = label_probabilities(self.vae, qz)
+                values.append(probabilities_nl.index_copy(0, rows_m, label_probabilities(self.vae, own)))
             found = tuple(value.cpu().numpy() for value in values)
             yield Block(names[chunk.start : chunk.stop], np.full(chunk.stop - chunk.start, code), found)
 
-    def _refine(self, chunk: Chunk, start: DiagonalGaussian, where: tuple[int, int]) -> Refined:
+    def _refine(
+        self, chunk: Chunk, qz: Posterior, start: DiagonalGaussian, where: tuple[int, int]
+    ) -> tuple[torch.Tensor, Gaussian]:
+        """Return the numbers of the chunk's cells that have a posterior of their own, and these posteriors."""
+        above = self.settings.refine_above
+        if above is None:
+            none = torch.empty(0, dtype=torch.int64, device=self.vae.device)
+            return none, DiagonalGaussian(*(values[none] for values in start))
         seed_torch(0, *where)
-        found = refined(self.vae, chunk.x, chunk.covariates, start, self.settings.refine_above, self.settings.steps)
+        found = refined(self.vae, chunk.x, chunk.covariates, qz, start, above=above, steps=self.settings.steps)
         self.changes.add(found)
-        return found
-
-
-def _samples(qz: Posterior, own: DiagonalGaussian, own_m: torch.Tensor, noise_snk: torch.Tensor) -> torch.Tensor:
-    """Return draws of every cell's posterior, (n, s, k): that of the encoder, or `own` of the cells numbered own_m."""
-    z_snk, _ = qz.draw(noise_snk)
-    return z_snk.index_copy(1, own_m, own.sample(noise_snk)[:, own_m]).transpose(0, 1)
+        return found.rows_m, found.own
