@@ -268,7 +268,7 @@ def _gap(folder: Path, cells: pd.DataFrame, rng: np.random.Generator) -> None:
     covered = {level: rng.uniform(level - 0.05, level + 0.05, 10).tolist() for level in (0.5, 0.9)}
     criticism = {"predictive": checks, "calibration": {"draws": 99, "histogram": ranks, "coverage": covered}}
     if is_labelled:
-        criticism["labels"] = label_summary(table, "cell_type", sorted(cells["cell_type"].unique()))
+        criticism["labels"] = label_summary(table, "cell_type", sorted(cells["cell_type"].unique()), [])
     write_json(summary(table, curves, latent, settings) | criticism, folder / "gap.json")
 
 

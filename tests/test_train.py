@@ -26,6 +26,7 @@ from cohortvi.inference import checkpoint
 from cohortvi.inference import train as training
 from cohortvi.inference.checkpoint import Checkpoints, load_model, save_model
 from cohortvi.inference.covariates import moments
+from cohortvi.inference.launch import Job
 from cohortvi.inference.networks import Covariates
 from cohortvi.inference.prepare import prepare
 from cohortvi.inference.train import fit, validate
@@ -275,6 +276,18 @@ def test_training_goes_on_with_other_clocks_but_not_with_other_settings_or_seeds
     run(cohort, tmp_path, MODEL)
 
 
+def test_settings_that_do_not_decide_the_model_leave_the_checkpoints_where_they_are(cohort, tmp_path):
+    def folder(**changes) -> Path:
+        config = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(MODEL, **changes))))
+        splits = ([str(path) for path in manifests(cohort, split)] for split in ("train", "validation"))
+        others = {"outputs": {}, "sheet": {}, "seed": 0, "code": "a", "events": "", "log": "", "threads": 1}
+        return Job(*splits, config=config, checkpoints=str(tmp_path / "nb"), **others).folder
+
+    assert folder(checkpoint_minutes=1.0, tensorboard=True) == folder()
+    assert folder(device="cuda", precision="bf16", graph=False) == folder()
+    assert folder(learning_rate=0.01) != folder()
+
+
 def kill_children(cohort: Path, out: Path, kills: int, number: str) -> int:
     """Train in child processes killed at random moments; return how many kills found training under way."""
     command = [sys.executable, tiny_cohort.__file__, str(cohort), str(out), "--kills", str(kills), "--signal", number]
@@ -369,6 +382,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(cohort, undisturbed, t
     (tmp_path / "step-00000020.safetensors.partial").touch()
     with Checkpoints(tmp_path, 10) as saved:
         assert saved.newest()[1]["step"] == 18
+        assert {path.name.split(".")[0] for path in tmp_path.glob("step-*")} == {"step-00000018"}
     assert_same(run(cohort, tmp_path, ALWAYS), undisturbed)
 
 

@@ -102,7 +102,12 @@ def write_cohort(folder: Path, n_obs: int = 150) -> list[Path]:
 
 
 def write_samples(
-    folder: Path, samples: dict[str, tuple[sp.csr_matrix, pd.DataFrame]], *, shards: bool = True, first: int = 0
+    folder: Path,
+    samples: dict[str, tuple[sp.csr_matrix, pd.DataFrame]],
+    *,
+    shards: bool = True,
+    first: int = 0,
+    store: Store = STORE,
 ) -> list[Path]:
     """Write counts stores of these samples, batches run{first} and so on, and shards; return the counts' manifests."""
     counts = []
@@ -112,10 +117,10 @@ def write_samples(
         obs = obs.set_index(f"{name}_" + obs.index).assign(sample=name, batch=f"run{i}")
         write_json(write_counts([x], obs, var, manifest.with_suffix(".zarr"), sample=name), manifest)
         counts.append(manifest)
-    for name in shard_names(STORE) if shards else []:
+    for name in shard_names(store) if shards else []:
         split, shard = name.split("-")
         path = folder / "shards" / name
-        facts = write_shard(counts, split, int(shard), path.with_suffix(".zarr"), seed=0, store=STORE)
+        facts = write_shard(counts, split, int(shard), path.with_suffix(".zarr"), seed=0, store=store)
         write_json(facts, path.with_suffix(".json"))
     return counts
 

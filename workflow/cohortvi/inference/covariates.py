@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cohortvi.inference.networks import Covariates
+from cohortvi.store.sharded import ShardedCounts
 
 BATCH, SAMPLE = "batch", "sample"
 
@@ -103,6 +104,28 @@ class Columns:
             {name: (mean, std) for name, (mean, std) in sorted(facts["continuous"].items())},
             tuple(facts["labels"]),
         )
+
+
+def cells_by_value(store: ShardedCounts, columns: Columns, sheet: Sheet) -> dict[str, dict[str, int]]:
+    """Return how many cells of the store have each value of the batch and of the categorical covariates, by column.
+
+    `sheet` gives the values of its columns, by sample. Takes a pass over obs.
+    """
+    found = {}
+    for name, known in {BATCH: columns.batches, **columns.categories}.items():
+        found[name] = dict.fromkeys(known, 0)
+        for value, n in cells_by_code(store, SAMPLE if name in sheet else name).items():
+            found[name][sheet[name][value] if name in sheet else value] += n
+    return found
+
+
+def cells_by_code(store: ShardedCounts, name: str) -> dict[str, int]:
+    """Return how many cells of the store have each value of a column of its obs, in the order of their codes."""
+    values = store.categories[name]
+    cells = np.zeros(len(values), np.int64)
+    for shard, size in enumerate(store.sizes):
+        cells += np.bincount(store.column(shard, name, 0, size), minlength=len(values))
+    return dict(zip(values, cells.tolist(), strict=True))
 
 
 def _code(known: Sequence[str], values: Mapping[str, str], name: str, sample: str) -> int:

@@ -90,7 +90,8 @@ def gap(
     latent = {"kl": held_out.kl_nk.mean(0).tolist(), "variance": held_out.loc_nk.var(0, correction=0).tolist()}
     found = summary(table, curves, latent, settings) | criticism
     if columns.labels:
-        found["labels"] = label_summary(table, facts["settings"]["labels"]["column"], columns.labels)
+        labels = facts["settings"]["labels"]
+        found["labels"] = label_summary(table, labels["column"], columns.labels, labels["unknown"])
     _check_limits(found["limits"])
     return table, found
 

@@ -72,13 +72,14 @@ def excess_gap(table: pd.DataFrame) -> np.ndarray:
     return table["amortization_gap"].to_numpy() - means[at.clip(0, len(means) - 1)]
 
 
-def label_summary(table: pd.DataFrame, column: str, labels: Sequence[str]) -> dict[str, Any]:
+def label_summary(table: pd.DataFrame, column: str, labels: Sequence[str], unknown: Sequence[str]) -> dict[str, Any]:
     """Return how the predictions agree with the labels of the held-out cells that have one, which were not trained on.
 
-    `labels` of what is returned: for each, cells that have it, cells predicted to, and cells of which both are true.
-    With the fields of a Calibration where there are such cells.
+    `unknown`: values of the column that are no label to this model, though they may be to its reference. `labels` of
+    what is returned: for each, cells that have it, cells predicted to, and cells of which both are true. With the
+    fields of a Calibration where there are such cells.
     """
-    known = table[(table["split"] == "validation") & table[column].isin(labels)]
+    known = table[(table["split"] == "validation") & table[column].isin(set(labels) - set(unknown))]
     is_right = known["predicted_label"] == known[column]
     found = {"column": column, "cells": len(known), "labels": []}
     for label in labels:

@@ -21,6 +21,7 @@ from cohortvi.config import Model
 from cohortvi.files import read_json, write_json, write_table
 from cohortvi.inference.checkpoint import forget_other_runs, run_folder, save_model
 from cohortvi.inference.mapping import content
+from cohortvi.inference.prepare import deciding
 from cohortvi.inference.train import fit
 from cohortvi.typed import build
 
@@ -46,11 +47,11 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where the checkpoints lie: a folder for all that decides the run."""
+        """Where the checkpoints lie: a folder for all that decides which model comes out."""
         shards = [read_json(path)["content"] for path in (*self.train, *self.validation)]
         reference = build(Model, self.config).reference
         known = None if reference is None else content(reference)
-        return run_folder(self.checkpoints, self.config, self.sheet, self.seed, self.code, shards, known)
+        return run_folder(self.checkpoints, deciding(self.config), self.sheet, self.seed, self.code, shards, known)
 
 
 def train(job: Job, *, ranks: int, nodes: int) -> None:

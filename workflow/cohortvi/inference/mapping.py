@@ -17,7 +17,7 @@ from cohortvi.cohort.references import FILES, read_facts, shape_faults
 from cohortvi.config import Model, Reference
 from cohortvi.files import digest
 from cohortvi.inference.checkpoint import load_model
-from cohortvi.inference.covariates import BATCH, SAMPLE, Columns, Sheet
+from cohortvi.inference.covariates import BATCH, SAMPLE, Columns, Sheet, cells_by_value
 from cohortvi.inference.library import library_moments
 from cohortvi.inference.surgery import extend
 from cohortvi.inference.vae import VAE
@@ -76,8 +76,8 @@ def news(known: Columns, columns: Columns, sheet: Sheet, samples: Sequence[str])
     return New(values, of_stores)
 
 
-def count_new(store: ShardedCounts, split: str, new: New) -> int:
-    """Return how many cells of a split have something new. Errors: ValueError if none has."""
+def count_new(store: ShardedCounts, new: New) -> int:
+    """Return how many cells of a store have something new."""
     n = 0
     for shard, size in enumerate(store.sizes):
         is_new = np.zeros(size, bool)
@@ -85,13 +85,30 @@ def count_new(store: ShardedCounts, split: str, new: New) -> int:
             codes = [code for code, value in enumerate(store.categories[name]) if value in values]
             is_new |= np.isin(store.column(shard, name, 0, size), codes)
         n += int(is_new.sum())
-    if not n:
-        shown = "; ".join(f"{name} {', '.join(values[:SHOWN])}" for name, values in new.values.items())
-        raise ValueError(
-            f"the {split} shards hold no cell of what the reference does not know ({shown}); expected some in both "
-            "splits. Change store.validation (by: cell), or look at the ledger for lost samples."
-        )
     return n
+
+
+def check_new(stores: Sequence[ShardedCounts], new: New, columns: Columns, sheet: Sheet) -> None:
+    """Check that values which the reference does not know are not held out as a whole; `stores`: to train on, held out.
+
+    They would learn nothing, and the held-out ELBO, looking at their cells, would not see what others learn. Errors:
+    ValueError.
+    """
+    trained, held_out = (cells_by_value(store, columns, sheet) for store in stores)
+    lost = {
+        name: [value for value in values if held_out[name][value] and not trained[name][value]]
+        for name, values in new.values.items()
+    }
+    if any(lost.values()):
+        raise _no_cell("training", lost)
+
+
+def _no_cell(split: str, values: dict[str, list[str]]) -> ValueError:
+    shown = "; ".join(f"{name} {', '.join(some[:SHOWN])}" for name, some in values.items() if some)
+    return ValueError(
+        f"the {split} shards hold no cell of {shown}, which the reference does not know; expected some in both splits. "
+        "Change store.validation (by: cell), or look at the ledger for lost samples."
+    )
 
 
 class Task(NamedTuple):
@@ -115,7 +132,8 @@ def map_onto(
 ) -> Task:
     """Give an untrained model the parameters of its reference; return what is left to train, on which cells.
 
-    `stores`: to train on and held out. Errors: ValueError if no cell of theirs has what is new.
+    `stores`: to train on and held out. Errors: ValueError if no held-out cell has anything new, or a new value is held
+    out as a whole.
     """
     new = news(known.columns, columns, sheet, stores[0].categories[SAMPLE])
     only = extend(vae, known.vae)
@@ -123,8 +141,10 @@ def map_onto(
         _begin_libraries(vae, known, columns, stores[0], threads)
     if not reference.surgery:
         only = {}
-    if new.query:
-        count_new(stores[1], "validation", new)
+    if new.query and not count_new(stores[1], new):
+        raise _no_cell("validation", new.values)
+    if only:
+        check_new(stores, new, columns, sheet)
     facts = {
         "path": reference.path,
         "digest": known.digest,
@@ -133,7 +153,7 @@ def map_onto(
         "n_trained": sum(int(moves.sum()) for moves in only.values()),
         "validation_elbo": known.facts["best_validation_elbo"],
     }
-    return Task(count_new(stores[0], "training", new) if only else 0, new.query, only, facts)
+    return Task(count_new(stores[0], new) if only else 0, new.query, only, facts)
 
 
 @torch.no_grad()

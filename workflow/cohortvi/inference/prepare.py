@@ -7,6 +7,7 @@ categories.
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,16 @@ from cohortvi.config import Labels, Model
 from cohortvi.files import digest, read_json
 from cohortvi.inference import ranks
 from cohortvi.inference.adam import Adam
-from cohortvi.inference.covariates import BATCH, SAMPLE, Columns, Sheet, moments, number
+from cohortvi.inference.covariates import (
+    BATCH,
+    SAMPLE,
+    Columns,
+    Sheet,
+    cells_by_code,
+    cells_by_value,
+    moments,
+    number,
+)
 from cohortvi.inference.device import choose_device, set_precision, training_output
 from cohortvi.inference.library import library_moments
 from cohortvi.inference.mapping import Task, map_onto, open_reference
@@ -61,13 +71,15 @@ class Setup:
     shards: str  # digest of the manifests
     codes: dict[str, Tensor]  # of the stores' own, for each column of which the model has others
     task: Task
+    unseen: set[tuple[int, int]]  # (covariate, code) of the batches and categories that no training cell has
 
     @property
     def key(self) -> str:
         """Digest of all that decides which steps are taken; checkpoints of another key are another run's."""
-        settings = {name: value for name, value in asdict(self.model).items() if name not in PASSING}
         tables = {name: table.tolist() for name, table in self.tables.items()}
-        return digest(settings, self.seed, self.shards, self.columns.facts(), tables, self.task.facts)
+        return digest(
+            deciding(asdict(self.model)), self.seed, self.shards, self.columns.facts(), tables, self.task.facts
+        )
 
     def covariates(self, obs: dict[str, Tensor]) -> Covariates:
         """Return the covariates of a minibatch with these columns of obs, on the CPU as these are."""
@@ -77,6 +89,11 @@ class Setup:
         if self.model.labels is None:
             return covariates
         return covariates._replace(label_n=own[self.model.labels.column])
+
+
+def deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return those of a model's settings that decide which model comes out."""
+    return {name: value for name, value in settings.items() if name not in PASSING}
 
 
 def prepare(
@@ -100,16 +117,20 @@ def prepare(
     codes = columns.recode({name: stores[0].categories[name] for name in names if name in stores[0].categories})
     if model.labels:
         names.append(model.labels.column)
-        known_labels = pd.Index(columns.labels)
-        codes[model.labels.column] = torch.from_numpy(known_labels.get_indexer(stores[0].categories[names[-1]]))
+        values = pd.Index(stores[0].categories[names[-1]])
+        # Of a mapped model `labels` are its reference's, among which its own config may name some that say nothing.
+        codes_l = np.where(values.isin(model.labels.unknown), -1, pd.Index(columns.labels).get_indexer(values))
+        codes[model.labels.column] = torch.from_numpy(codes_l)
     _check_match(*stores, names)
     common = {"seed": seed, "columns": names, "threads": threads}
     common |= {"rank": ranks.rank(), "world": ranks.world()}
     shards = digest([read_json(path) for path in (*train, *validation)])
     seed_torch(seed, INIT, 0)
     vae = build(stores[0], model, columns)
-    task = Task(stores[0].n_obs)
+    task, unseen = Task(stores[0].n_obs), set()
     if known is None:
+        cells = cells_by_value(stores[0], columns, sheet).values()
+        unseen = {(at, code) for at, found in enumerate(cells) for code, n in enumerate(found.values()) if not n}
         start(vae, stores[0], columns, sheet, seed=seed, threads=threads)
     else:
         task = map_onto(known, model.reference, vae, columns, stores, sheet, threads=threads)
@@ -122,7 +143,7 @@ def prepare(
     steps = loader.n_steps(0)
     epochs = max(model.max_epochs, min(-(-model.min_steps // steps), MOST_EPOCHS)) if task.n_obs else 0
     plan = epochs, epochs * steps
-    setup = Setup(model, seed, stores[0], held_out, columns, tables, device, *plan, shards, codes, task)
+    setup = Setup(model, seed, stores[0], held_out, columns, tables, device, *plan, shards, codes, task, unseen)
     return setup, run
 
 
@@ -219,11 +240,8 @@ def learn_columns(train: ShardedCounts, model: Model, sheet: Sheet, known: Colum
 def learn_labels(train: ShardedCounts, labels: Labels) -> tuple[str, ...]:
     """Return the labels that training cells have, sorted. Errors: ValueError if the column is none, or has but one."""
     _check_columns("labels.column", [labels.column], train.categories)
-    values = train.categories[labels.column]
-    cells = np.zeros(len(values), np.int64)
-    for store in train.stores:
-        cells += np.bincount(store.column(labels.column, 0, store.n_obs), minlength=len(values))
-    found = sorted(value for value, n in zip(values, cells, strict=True) if n and value not in labels.unknown)
+    cells = cells_by_code(train, labels.column)
+    found = sorted(value for value, n in cells.items() if n and value not in labels.unknown)
     if len(found) < LEAST_LABELS:
         raise ValueError(
             f"labels: the training cells have {', '.join(map(repr, found)) or 'nothing'} in {labels.column!r} but for "

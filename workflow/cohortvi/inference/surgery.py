@@ -6,6 +6,7 @@ Those of a new one begin at the mean of the known ones'; all that was there befo
 batches and categories have the posteriors and likelihoods that they had.
 """
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +92,23 @@ def extend(vae: VAE, known: VAE) -> dict[str, Tensor]:
             shape = [-1 if at == dim else 1 for at in range(new[name].dim())]
             trained[name] = is_new.reshape(shape).expand(new[name].shape).clone()
     return trained
+
+
+@torch.no_grad()
+def level(vae: VAE, unseen: Collection[tuple[int, int]]) -> None:
+    """Give categories that no training cell has, (covariate, code), the mean of the others' parameters and moments.
+
+    So begin new ones in `extend`. They would else be judged by numbers that they were drawn with.
+    """
+    state = vae.state_dict()
+    for name, dim, labels in told_tensors(vae).values():
+        values = state[name].transpose(0, dim)
+        for covariate in {covariate for covariate, _ in unseen}:
+            rows = {label[2]: row for row, label in enumerate(labels) if label[:2] == ("category", covariate)}
+            seen = [row for code, row in rows.items() if (covariate, code) not in unseen]
+            for code, row in rows.items():
+                if (covariate, code) in unseen:
+                    values[row] = values[seen].mean(0)
 
 
 def _is_new(label: Label, places: dict[Label, int], sizes: tuple[int, ...]) -> bool:

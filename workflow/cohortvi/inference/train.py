@@ -28,6 +28,7 @@ from cohortvi.inference.prepare import TRAINING, VALIDATION, Setup, prepare, see
 from cohortvi.inference.run import HISTORY, SUMS, Run
 from cohortvi.inference.schedule import kl_weight, learning_rate
 from cohortvi.inference.step import descend, evaluate, inputs_of, part_of
+from cohortvi.inference.surgery import level
 from cohortvi.inference.terms import Noted, Terms
 from cohortvi.inference.vae import VAE
 from cohortvi.log import logger, peak_memory_mb
@@ -108,8 +109,10 @@ def take_step(setup: Setup, run: Run, minibatch: Minibatch) -> str:
 def validate(setup: Setup, run: Run, keep: Callable[[], None]) -> dict[str, float]:
     """Return the held-out ELBO and its terms, nats per cell: KL weight 1, no dropout, running batch statistics.
 
-    The noise is the same at every epoch, so that epochs are compared on the same draws.
+    The noise is the same at every epoch, so that epochs are compared on the same draws. Batches and categories that no
+    training cell has, held out as a whole, stand at the mean of the others.
     """
+    level(run.vae, setup.unseen)
     sums, terms, is_training = dict.fromkeys(SUMS, 0.0), Terms(run.terms.together), run.vae.training
     run.vae.eval()
     for step, minibatch in enumerate(setup.validation):
