@@ -282,8 +282,9 @@ def made_by(method: str) -> str:
     """Return what a method's results follow from, beside cohort and seed: a package's version, or our settings."""
     if method in PACKAGES:
         return f"{PACKAGES[method]} {version(PACKAGES[method])}"
-    chosen = asdict(settings(OURS[method]))
-    return f"cohortvi {digest({name: chosen[name] for name in chosen if name not in PASSING})[:8]}"
+    passing = {*PASSING, "precision"}  # all is float32 here
+    chosen = {name: value for name, value in asdict(settings(OURS[method])).items() if name not in passing}
+    return f"cohortvi {digest(chosen)[:8]}"
 
 
 def why_not(method: str) -> str | None:

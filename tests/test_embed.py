@@ -165,6 +165,13 @@ def test_samples_do_not_depend_on_other_cells_or_samples(cohort, tmp_path):
     assert np.abs(ad.io.read_zarr(tmp_path / "other.zarr").obsm["X_latent_samples"] - whole).min(2).max() > 0.1
 
 
+def test_cells_that_are_refined_stay_where_they_are_when_samples_are_added(cohort, tmp_path):
+    whole, one = (ad.io.read_zarr(path) for path in _written(cohort, tmp_path, Embed(0.0, 10, 2)))
+    assert (whole.obs_names[150:] == one.obs_names).all()
+    for name in ("X_latent", "X_latent_std", "X_latent_samples"):
+        np.testing.assert_allclose(whole.obsm[name][150:], one.obsm[name], atol=1e-4)
+
+
 def _written(cohort, tmp_path, settings):
     for name, counts in (("whole", counts_of(cohort)), ("one", counts_of(cohort)[1:])):
         run(cohort, tmp_path / f"{name}.zarr", counts=counts, settings=settings)

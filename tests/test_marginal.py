@@ -83,6 +83,18 @@ def test_the_table_is_written_whole_and_summed_up_by_sample(cohort, tmp_path):
         assert row == pytest.approx(expected)
 
 
+def test_a_sample_without_cells_has_no_row(cohort, tmp_path):
+    x, obs = tiny_cohort.simulate(5, seed=3)
+    (empty,) = tiny_cohort.write_samples(tmp_path / "more", {"s9": (x[:0], obs[:0])}, shards=False)
+    whole = found_of(source_of(cohort))
+    for counts in ([empty, cohort / "counts/s0.json"], [cohort / "counts/s0.json", empty]):
+        source = Source(cohort / "model.safetensors", counts, sheet={}, threads=1)
+        facts = write_likelihood(marginal_log_likelihood(source, DRAWS, seed=0, chunk_cells=64), tmp_path / "p")
+        assert [row["sample"] for row in facts["samples"]] == ["s0"]
+        found = pd.read_parquet(tmp_path / "p")
+        np.testing.assert_allclose(found["log_p"], whole.loc[found.index, "log_p"], rtol=1e-5)
+
+
 def test_a_sample_of_one_cell_has_no_standard_error(tmp_path):
     columns = {"sample": pd.Categorical(["a"]), "log_p": [-3.0], "log_p_error": [0.1], "ess": [9.0]}
     facts = write_likelihood([pd.DataFrame(columns, index=["a_c0"])], tmp_path / "p")

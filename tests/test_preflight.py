@@ -86,6 +86,17 @@ def test_names_in_the_config_must_exist(demo_config):
     assert "cohort.keep_obs: 'total_counts' is also a column" in text
 
 
+def test_a_column_of_another_batch_than_the_batch_key_makes_is_refused(demo_config):
+    other = replace(sample("s1", "x"), columns=sample("s1", "x").columns | {"batch": "b7"})
+    with pytest.raises(ValueError, match=r"column 'batch' of sample 's1' is 'b7', but cohort\.batch_key"):
+        preflight.check_names(demo_config, [other])
+    same = replace(other, columns=other.columns | {"batch": other.batch})
+    preflight.check_names(demo_config, [same])
+    told = replace(demo_config.models["nb"], categorical_covariates=("batch",))
+    with pytest.raises(ValueError, match=r"models\.nb\.categorical_covariates: every model is told the batch"):
+        preflight.check_names(replace(demo_config, models={"nb": told}), [same])
+
+
 def labelled(config, column: str = "cell_type"):
     model = replace(config.models["nb"], labels=Labels(column, ("NA",), 50.0), prior="mixture")
     return replace(config, models={"nb": model}, cohort=replace(config.cohort, keep_obs=("cell_type", "lane")))

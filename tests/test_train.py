@@ -284,8 +284,9 @@ def test_settings_that_do_not_decide_the_model_leave_the_checkpoints_where_they_
         return Job(*splits, config=config, checkpoints=str(tmp_path / "nb"), **others).folder
 
     assert folder(checkpoint_minutes=1.0, tensorboard=True) == folder()
-    assert folder(device="cuda", precision="bf16", graph=False) == folder()
+    assert folder(device="cuda", graph=False) == folder()
     assert folder(learning_rate=0.01) != folder()
+    assert folder(precision="bf16") != folder()
 
 
 def kill_children(cohort: Path, out: Path, kills: int, number: str) -> int:
@@ -372,8 +373,14 @@ def damage_half(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def damage_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1 << 7  # of JSON, no longer text
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize("kind", ["json", "safetensors"])
-@pytest.mark.parametrize("damage", [damage_half, Path.unlink])
+@pytest.mark.parametrize("damage", [damage_half, damage_bit, Path.unlink])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(cohort, undisturbed, tmp_path, monkeypatch, kind, damage):
     interrupt(monkeypatch, 20, throw)
     with pytest.raises(Interruption):
@@ -525,9 +532,10 @@ def test_the_history_is_written_for_tensorboard_too(cohort, tmp_path):
 
     common = {"sheet": {}, "seed": 0, "checkpoints": tmp_path / "checkpoints", "threads": 1}
     splits = manifests(cohort, "train"), manifests(cohort, "validation")
-    _, history, _ = fit(*splits, MODEL, events=tmp_path / "events", **common)
-    found = EventAccumulator(str(tmp_path / "events")).Reload()
-    for name in set(history.columns) - {"epoch", "step"}:
-        scalars = found.Scalars(name)
-        assert [scalar.step for scalar in scalars] == list(history["step"])
-        np.testing.assert_allclose([scalar.value for scalar in scalars], history[name], rtol=1e-6)
+    for folder in ("events", "events", "asked for later"):  # the second and the third of a run that has ended
+        _, history, _ = fit(*splits, MODEL, events=tmp_path / folder, **common)
+        found = EventAccumulator(str(tmp_path / folder)).Reload()
+        for name in set(history.columns) - {"epoch", "step"}:
+            scalars = found.Scalars(name)
+            assert [scalar.step for scalar in scalars] == list(history["step"])
+            np.testing.assert_allclose([scalar.value for scalar in scalars], history[name], rtol=1e-6)

@@ -5,7 +5,7 @@ posterior standard deviations, `X_latent_samples`, if the config asks for any, d
 `X_label`, of a model with labels, their probabilities, in the order of uns/labels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import zarr
 
 from cohortvi.atlas.cell_store import Block, write_cells
 from cohortvi.config import Embed
-from cohortvi.files import read_json
+from cohortvi.files import digest, read_json
 from cohortvi.inference.covariates import Sheet
 from cohortvi.inference.labels import label_probabilities
 from cohortvi.inference.posteriors import DiagonalGaussian, Gaussian, Posterior
@@ -70,10 +70,10 @@ def embed(
 ) -> dict[str, Any]:
     """Write the store `out` for the cells of the counts stores with these manifests, in order; return its manifest.
 
-    `sheet`: as `fit` takes it; `seed`: of the samples; `chunk_cells`: cells encoded together. The manifest holds n_obs,
-    n_latent, cells by sample, how many were refined and what that changed, and a digest of all that is written. Errors:
-    ValueError if a store has other genes than the model, or, for a model that encodes covariates or refines, a value
-    that it was not trained on.
+    `sheet`: as `fit` takes it; `seed`: of samples and refinement; `chunk_cells`: cells encoded together. The manifest
+    holds n_obs, n_latent, cells by sample, how many were refined and what that changed, and a digest of all that is
+    written. Errors: ValueError if a store has other genes than the model, or, for a model that encodes covariates or
+    refines, a value that it was not trained on.
     """
     source = Source(model, counts, sheet=sheet, threads=threads)
     encoder, n_latent = _Encoder(source, settings, seed), source.vae.n_latent
@@ -138,7 +138,7 @@ class _Encoder:
         for chunk in self.source.chunks(reader, chunk_cells, is_told=is_told):
             qz = self.vae.encode(chunk.x, chunk.covariates)
             start = DiagonalGaussian(*qz.moments(self.noise_snk))
-            rows_m, own = self._refine(chunk, qz, start, (code, chunk.start))
+            rows_m, own = self._refine(chunk, qz, start, reader.manifest["samples"])
             moments = zip(start, own.moments(self.noise_snk), strict=True)
             values = [whole.index_copy(0, rows_m, part) for whole, part in moments]
             if self.settings.samples:
@@ -153,14 +153,17 @@ class _Encoder:
             yield Block(names[chunk.start : chunk.stop], np.full(chunk.stop - chunk.start, code), found)
 
     def _refine(
-        self, chunk: Chunk, qz: Posterior, start: DiagonalGaussian, where: tuple[int, int]
+        self, chunk: Chunk, qz: Posterior, start: DiagonalGaussian, sample: Mapping[str, int]
     ) -> tuple[torch.Tensor, Gaussian]:
-        """Return the numbers of the chunk's cells that have a posterior of their own, and these posteriors."""
+        """Return the numbers of the chunk's cells that have a posterior of their own, and these posteriors.
+
+        Random numbers are those of seed, sample and chunk: samples that come later change nothing.
+        """
         above = self.settings.refine_above
         if above is None:
             none = torch.empty(0, dtype=torch.int64, device=self.vae.device)
             return none, DiagonalGaussian(*(values[none] for values in start))
-        seed_torch(0, *where)
+        seed_torch(self.seed, EMBED, int(digest(list(sample), chunk.start), 16))
         found = refined(self.vae, chunk.x, chunk.covariates, qz, start, above=above, steps=self.settings.steps)
         self.changes.add(found)
         return found.rows_m, found.own

@@ -40,12 +40,11 @@ def pseudobulk(
         for at, groups in enumerate(found):
             for side, rows in enumerate(groups):
                 here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
-                member = sp.csr_matrix(
-                    (np.ones(len(here)), (codes[here], here - start)), shape=(len(names), stop - start)
-                )
-                sums[at][side] += (member @ x_ng).toarray()
-                totals[at, side] += member @ total_n
-                cells[at, side] += np.bincount(codes[here], minlength=len(names))
+                those, own = np.unique(codes[here], return_inverse=True)  # few: a block is of one sample
+                member = sp.csr_matrix((np.ones(len(here)), (own, here - start)), shape=(len(those), stop - start))
+                sums[at][side, those] += (member @ x_ng).toarray()
+                totals[at, side, those] += member @ total_n
+                cells[at, side, those] += np.bincount(own, minlength=len(those))
         start = stop
     return [_compare(*values) for values in zip(sums, totals, cells, strict=True)]
 

@@ -77,11 +77,25 @@ def _name_faults(config: Config, samples: Sequence[Sample]) -> Iterator[str]:
     truth = config.atlas.metrics.truth
     if truth and not truth.startswith("resources/") and not Path(truth).is_dir():
         yield f"atlas.metrics.truth: no such folder {truth!r}; set it to null unless the cohort is a simulated one"
+    yield from _batch_faults(config, samples)
     yield from _covariate_faults(config, samples)
+
+
+def _batch_faults(config: Config, samples: Sequence[Sample]) -> Iterator[str]:
+    for sample in samples:
+        found = sample.columns.get("batch", sample.batch)
+        if found != sample.batch:
+            yield (
+                f"{config.cohort.sheet}: column 'batch' of sample {sample.name!r} is {found!r}, but cohort.batch_key "
+                f"makes its batch {sample.batch!r}; rename the column, or let batch_key be [batch]"
+            )
+            return
 
 
 def _covariate_faults(config: Config, samples: Sequence[Sample]) -> Iterator[str]:
     for model, settings in config.models.items():
+        if "batch" in settings.categorical_covariates:
+            yield f"models.{model}.categorical_covariates: every model is told the batch; leave 'batch' out"
         for column in settings.continuous_covariates:
             values = {sample.name: sample.columns[column] for sample in samples if column in sample.columns}
             for name, value in values.items():

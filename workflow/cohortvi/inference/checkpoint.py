@@ -1,14 +1,13 @@
 """Training state and models on disk: safetensors for tensors, JSON for the rest, nothing that unpickles.
 
-A checkpoint is step-XXXXXXXX.safetensors with step-XXXXXXXX.json, which is written last and names the digest of the
-first. A pair that disagrees, or lacks a half, is none: who opens the folder removes it, so that it takes no whole one's
+A checkpoint is step-XXXXXXXX.safetensors with step-XXXXXXXX.json, which is written last and names the digest of
+both. A pair that disagrees, or lacks a half, is none: who opens the folder removes it, so that it takes no whole one's
 place, and the one before it is the newest. The last two are kept. One process at a time holds the folder
 (flock); the lock falls with the process, however that ends.
 """
 
 import fcntl
 import hashlib
-import json
 import os
 import signal
 import time
@@ -80,7 +79,7 @@ class Checkpoints:
         """Write the checkpoint of `step`, whole or not at all, and remove all but the last two."""
         path = self.folder / f"step-{step:08d}.safetensors"
         _save_tensors(tensors, path)
-        write_json({"digest": _digest(path), "facts": facts}, path.with_suffix(".json"))
+        write_json({"digest": _digest(path, facts), "facts": facts}, path.with_suffix(".json"))
         for old in sorted(self.folder.glob("step-*.json"))[:-KEPT]:
             remove(old)
             remove(old.with_suffix(".safetensors"))
@@ -147,13 +146,13 @@ def _save_tensors(tensors: Tensors, path: Path) -> None:
 
 def _is_whole(path: Path) -> bool:
     """Whether the checkpoint of this JSON file is as it was written."""
-    tensors = path.with_suffix(".safetensors")
     try:
-        return tensors.exists() and read_json(path)["digest"] == _digest(tensors)
-    except (FileNotFoundError, json.JSONDecodeError):
+        found = read_json(path)
+        return found["digest"] == _digest(path.with_suffix(".safetensors"), found["facts"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # no JSON, or another one
         return False
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, facts: dict[str, Any]) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return digest(hashlib.file_digest(file, "sha256").hexdigest(), facts)

@@ -29,7 +29,7 @@ TOGETHER = 512  # cells whose posteriors are drawn from together, at most
 
 
 def marginal_log_likelihood(source: Source, draws: int, *, seed: int, chunk_cells: int) -> Iterator[pd.DataFrame]:
-    """Yield a table for each counts store of the source, in order: a row a cell, by name.
+    """Yield a table for each counts store of the source that has cells, in order: a row a cell, by name.
 
     Columns: sample; log_p and its Monte Carlo error, log_p_error, of so many draws; ess, their effective sample size.
     What is found of a cell depends on (seed, sample, row) alone, up to rounding. Memory: a store's table, and a chunk.
@@ -37,6 +37,8 @@ def marginal_log_likelihood(source: Source, draws: int, *, seed: int, chunk_cell
     done, samples = 0, list(source.samples)
     with Progress(source.n_obs) as progress:
         for code, reader in enumerate(source.stores()):
+            if not reader.n_obs:
+                continue  # without a name in it an index has no type, and parquet holds one type
             found = np.empty((3, reader.n_obs))
             for chunk in source.chunks(reader, min(chunk_cells, TOGETHER)):
                 noise_snk = source.noise(reader, chunk, draws, (seed, LIKELIHOOD))

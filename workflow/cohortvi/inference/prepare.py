@@ -48,8 +48,8 @@ from cohortvi.store.sharded import ShardedCounts
 ADAM_EPS = 0.01
 LEAST_LABELS = 2
 EVALUATED_CELLS = 1024  # cells at a time in validation
-# Settings that do not decide which model comes out.
-PASSING = ("checkpoint_minutes", "device", "precision", "graph", "tensorboard")
+# Settings that do not decide which model comes out, up to rounding.
+PASSING = ("checkpoint_minutes", "device", "graph", "tensorboard")
 MOST_EPOCHS = 400  # that `min_steps` makes of a cohort
 # Uses of random numbers, each with its own stream.
 INIT, TRAINING, VALIDATION, GAP, DIFFERENTIAL, EMBED, EXPRESSION, LIKELIHOOD = range(8)

@@ -65,7 +65,7 @@ def fit(
         with Checkpoints(checkpoints, model.checkpoint_minutes, is_owner=ranks.rank() == 0) as saved:
             resume(setup, run, saved)
             keep = partial(save_if_due, setup, run, saved, signals)
-            written, began = Events(events if ranks.rank() == 0 else None, run.step), run.step
+            written, began = Events(events if ranks.rank() == 0 else None, run.history), run.step
             if setup.task.facts is not None and run.elbo_before is None:
                 run.judge_reference(validate(setup, run, keep), is_trained=setup.planned > 0)
                 logger.info("held-out ELBO of the reference as it is: %.2f nats per cell", run.elbo_before)

@@ -54,14 +54,15 @@ FIRST_EPOCH = " The axes span all epochs but the first."
 GAPS = (
     "Over {held} held-out and {trained} training cells, with the decoder fixed; best: the diagonal or full-covariance "
     "Gaussian of largest ELBO for each cell alone; log p(x): by importance sampling. Amortization gap: what the shared "
-    "encoder costs against the best diagonal. Approximation gap: what a Gaussian costs against the true posterior. "
-    "Inference gap: both (Cremer, Li, Duvenaud 2018). Sample size: the effective one of gap.draws draws."
+    "encoder costs against the best of its own kind, diagonal, or full if it is full or a flow. Approximation gap: "
+    "what a Gaussian costs against the true posterior. Inference gap: both (Cremer, Li, Duvenaud 2018). Sample size: "
+    "the effective one of gap.draws draws."
 )
 GAP_FIGURE = (
     "First: importance-weighted bounds (Burda et al. 2016), which rise to log p(x) with the number of draws, by the "
     "encoder's posterior and by the refined one as proposal. Second: training cells filled, held-out cells as a line; "
-    "a line further right says that the encoder is fitted to the training cells. Third: dimensions of hardly any KL "
-    "are not used; {active} vary over the cells."
+    "a line further right says that the encoder is fitted to the training cells. Third: KL to N(0, I), "
+    "whatever the prior; {active} dimensions vary over the cells, others are not used."
 )
 LIMITS = (
     "Of gap.limits. k-hat: Pareto shape of the largest importance weights of the refined proposal (Vehtari et al.). "

@@ -108,7 +108,7 @@ def _gap_panel(cells: pd.DataFrame) -> Markup:
         gaps = cells.loc[cells["split"] == split, "amortization_gap"].clip(edges[0], edges[-1])
         share = np.histogram(gaps, edges)[0] / max(len(gaps), 1)
         ax.stairs(100 * share, edges, color=color, fill=split == "train", alpha=0.5 if split == "train" else 1)
-    ax.set_xlabel("ELBO of the cell's best diagonal Gaussian − ELBO (nats)")
+    ax.set_xlabel("ELBO of the cell's best Gaussian − ELBO (nats)")
     ax.set_ylabel("% of cells")
     ax.yaxis.set_major_locator(MaxNLocator(5))
     ax.grid(axis="y")
