@@ -5,7 +5,7 @@ posterior standard deviations, `X_latent_samples`, if the config asks for any, d
 `X_label`, of a model with labels, their probabilities, in the order of uns/labels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,7 +138,7 @@ class _Encoder:
         for chunk in self.source.chunks(reader, chunk_cells, is_told=is_told):
             qz = self.vae.encode(chunk.x, chunk.covariates)
             start = DiagonalGaussian(*qz.moments(self.noise_snk))
-            rows_m, own = self._refine(chunk, qz, start, reader.manifest["samples"])
+            rows_m, own = self._refine(chunk, qz, start, *reader.manifest["samples"])
             moments = zip(start, own.moments(self.noise_snk), strict=True)
             values = [whole.index_copy(0, rows_m, part) for whole, part in moments]
             if self.settings.samples:
@@ -153,7 +153,7 @@ class _Encoder:
             yield Block(names[chunk.start : chunk.stop], np.full(chunk.stop - chunk.start, code), found)
 
     def _refine(
-        self, chunk: Chunk, qz: Posterior, start: DiagonalGaussian, sample: Mapping[str, int]
+        self, chunk: Chunk, qz: Posterior, start: DiagonalGaussian, sample: str
     ) -> tuple[torch.Tensor, Gaussian]:
         """Return the numbers of the chunk's cells that have a posterior of their own, and these posteriors.
 
@@ -163,7 +163,7 @@ class _Encoder:
         if above is None:
             none = torch.empty(0, dtype=torch.int64, device=self.vae.device)
             return none, DiagonalGaussian(*(values[none] for values in start))
-        seed_torch(self.seed, EMBED, int(digest(list(sample), chunk.start), 16))
+        seed_torch(self.seed, EMBED, int(digest(sample, chunk.start), 16))
         found = refined(self.vae, chunk.x, chunk.covariates, qz, start, above=above, steps=self.settings.steps)
         self.changes.add(found)
         return found.rows_m, found.own
