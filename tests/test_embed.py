@@ -103,9 +103,7 @@ def test_refined_cells_have_the_larger_elbo_and_others_stay(cohort, tmp_path):
     moved = (means[0] != means[2]).any(1)
     assert moved.sum() == some["refined"]["cells"]
     apart, moves = (np.square(means[2][moved] - means[at][moved]).mean() for at in (1, 0))
-    assert (
-        apart < 0.25 * moves
-    )  # two fits of a cell by other random numbers are nearer to one another than to the start
+    assert apart < 0.1 * moves  # fits by other random numbers: nearer to one another than to the start
     assert whole["content"] != plain["content"]
 
 
