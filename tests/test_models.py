@@ -88,7 +88,11 @@ def test_gradients_equal_finite_differences(row):
     vae, x_ng = build(row).double(), torch.from_numpy(draw_counts(12, N_GENES, 2)).double()
     known = double(covariates(12, 2, vae.n_labels))
     noise_nk = torch.randn(12, vae.n_dimensions, dtype=torch.float64)
-    loss = lambda: elbo(vae, x_ng, known, noise_nk, kl_weight=0.7, label_weight=3.0).loss  # noqa: E731
+
+    def loss() -> Tensor:
+        bound = elbo(vae, x_ng, known, noise_nk, kl_weight=0.7, label_weight=3.0).loss
+        return bound + 0.3 * vae.prior_divergence(noise_nk[:3])
+
     for module in vae.modules():
         if isinstance(module, torch.nn.BatchNorm1d):
             module.momentum = 0.0  # a VampPrior's pseudo-inputs see the running statistics, which are no function here
@@ -283,6 +287,31 @@ def test_a_vamp_prior_is_the_mixture_of_its_pseudo_inputs_posteriors(posterior):
     before = {name: value.clone() for name, value in vae.named_buffers()}
     vae.train().log_prior(z_nk)
     assert all(torch.equal(value, before[name]) for name, value in vae.named_buffers())
+
+
+@pytest.mark.parametrize(
+    ("prior", "posterior"), [("mixture", "diagonal"), *(("vamp", posterior) for posterior in CHOICES["posterior"])]
+)
+def test_the_divergence_of_a_prior_is_its_components_mean_and_no_less_than_its_own(prior, posterior):
+    row = {name: values[0] for name, values in OPTIONS.items()} | {"prior": prior, "posterior": posterior}
+    vae, noise_sck = build(row).eval(), torch.randn(20_000, 4, 3)
+    standard = distributions.Independent(distributions.Normal(torch.zeros(3), 1.0), 1)
+    with torch.no_grad():
+        vae.prior.logits_c.normal_()
+        if prior == "vamp":
+            qz = vae.encode(torch.from_numpy(draw_counts(4, N_GENES, 1)).float(), covariates(4, 1))
+            z_sck, log_q_sc = qz.draw(noise_sck)
+        else:
+            qz = distributions.Normal(vae.prior.loc_ck, vae.prior.log_scale_ck.exp())
+            z_sck = qz.loc + qz.scale * noise_sck
+            log_q_sc = qz.log_prob(z_sck).sum(-1)
+        draws_s = (log_q_sc - standard.log_prob(z_sck)) @ vae.prior.logits_c.softmax(0)
+        found = torch.stack([vae.prior_divergence(noise_ck) for noise_ck in torch.randn(1000, 4, 3)])
+        assert (found.std() > 1e-3) == (posterior == "flow")  # else it is exact
+        assert float(found.mean()) == pytest.approx(float(draws_s.mean()), abs=5 * float(draws_s.std()) / 1000**0.5)
+        z_nk = vae.sample_prior(20_000)
+        own_n = vae.log_prior(z_nk) - standard.log_prob(z_nk)
+        assert own_n.mean() - 4 * own_n.std() / len(own_n) ** 0.5 <= draws_s.mean()
 
 
 def test_a_linear_decoder_is_linear_and_its_first_weights_are_loadings():

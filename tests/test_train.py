@@ -202,6 +202,23 @@ def test_every_variant_trains_and_goes_on_to_the_same_bits(cohort, tmp_path, mon
     assert_same(run(cohort, tmp_path / "parts", model), whole)
 
 
+@pytest.mark.parametrize("changes", [{"prior": "mixture"}, {"prior": "vamp"}, {"prior": "mixture", "draws": 2}])
+def test_shrinkage_draws_the_prior_to_the_standard_normal_and_counts_in_the_loss(cohort, tmp_path, changes):
+    divergences, losses = [], []
+    for weight in (0.0, 100.0):
+        model = dataclasses.replace(MODEL, max_epochs=10, learning_rate=4e-2, prior_shrinkage=weight, **changes)
+        vae, history, _ = run(cohort, tmp_path / str(weight), model)
+        divergences.append(float(vae.prior_divergence(torch.zeros(1, 3)).detach()))
+        losses.append(history["train_loss"].iloc[-1])
+    assert divergences[1] < 0.8 * divergences[0]
+    assert losses[1] - losses[0] > 50 * divergences[1]
+
+
+def test_without_components_there_is_nothing_to_shrink(cohort, undisturbed, tmp_path):
+    weights = run(cohort, tmp_path, dataclasses.replace(MODEL, prior_shrinkage=5.0))[0].state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in undisturbed[0].state_dict().items())
+
+
 def test_a_latent_library_begins_with_the_moments_of_each_batch(cohort, tmp_path):
     vae = run(cohort, tmp_path, dataclasses.replace(MODEL, library="latent", max_epochs=1))[0]
     for batch, sample in enumerate(("s0", "s1")):

@@ -45,6 +45,7 @@ MODEL = Model(
     posterior="diagonal",
     prior="standard_normal",
     n_components=5,
+    prior_shrinkage=0.3,
     labels=None,
     decoder="nonlinear",
     norm="batch",

@@ -117,6 +117,7 @@ class Model:
     posterior: str
     prior: str
     n_components: int
+    prior_shrinkage: float
     labels: Labels | None
     decoder: str
     norm: str

@@ -75,11 +75,15 @@ def evaluate(setup: Setup, run: Run, inputs: Inputs, part: ranks.Part, *, is_tra
         options["label_weight"] = setup.model.labels.weight
     x = counts_of(inputs.x, setup.model.precision)
     with ranks.within(part):
-        noise_snk = ranks.own(torch.randn(draws, part.n, run.vae.n_dimensions, device=setup.device), dim=1)
+        whole_snk = torch.randn(draws, part.n, run.vae.n_dimensions, device=setup.device)
+        noise_snk = ranks.own(whole_snk, dim=1)
         if draws == 1:
             terms = elbo(run.vae, x, covariates, noise_snk[0], **options)
         else:
             terms = iwelbo(run.vae, x, covariates, noise_snk, **options)
+        if is_training and setup.model.prior_shrinkage and setup.model.prior != "standard_normal":
+            shrinkage = setup.model.prior_shrinkage * run.vae.prior_divergence(whole_snk[0])
+            terms = terms._replace(loss_n=terms.loss_n + shrinkage)
     # In float64, because an epoch's sum over float32 would depend on its length.
     return terms, torch.stack(terms).detach().double().sum(1)
 

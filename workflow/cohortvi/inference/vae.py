@@ -26,6 +26,7 @@ from cohortvi.inference.priors import (
     Prior,
     StandardNormal,
     VampPrior,
+    mixture_divergence,
     mixture_log_prob,
     mixture_sample,
 )
@@ -150,6 +151,18 @@ class VAE(nn.Module):
             log_p = torch.where(label_n < 0, log_p_nl.logsumexp(-1), _taken(log_p_nl, label_n))
         is_latent = self.library == "latent"
         return log_p + standard_normal_log_prob(z_nk[..., self.n_latent :]) if is_latent else log_p
+
+    def prior_divergence(self, noise_nk: Tensor) -> Tensor:
+        """Return the mean KL(component || N(0, I)) of a mixture or VampPrior in nats, a scalar; else 0.
+
+        Standard normal noise (n, k), of which any number of rows will do, is for components that are flows.
+        """
+        if isinstance(self.prior, StandardNormal):
+            return noise_nk.new_zeros(())
+        rows_c = torch.arange(len(self.prior.logits_c), device=noise_nk.device) % len(noise_nk)
+        is_vamp = isinstance(self.prior, VampPrior)
+        components = self._pseudo_posteriors() if is_vamp else self.prior.components
+        return mixture_divergence(components, self.prior.logits_c, noise_nk[rows_c])
 
     def log_label(self, z_nk: Tensor) -> Tensor:
         """Return log p(y | z) of every label y by Bayes' rule, in nats, (..., k) -> (..., labels)."""
