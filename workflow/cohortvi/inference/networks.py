@@ -221,7 +221,7 @@ class Encoder(nn.Module):
         h_nh = self.hidden(x, told)
         diagonal = DiagonalGaussian(self.loc(h_nh), (self.log_variance(h_nh).exp() + MIN_VARIANCE).sqrt())
         if self.flow is not None:
-            return Flow(diagonal, self.flow, h_nh)
+            return Flow(diagonal, self.flow)
         if self.lower is None:
             return diagonal
         rows, columns = torch.tril_indices(*[diagonal.loc_nk.shape[1]] * 2, -1, device=h_nh.device)

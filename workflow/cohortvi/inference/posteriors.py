@@ -101,57 +101,57 @@ Gaussian = DiagonalGaussian | FullGaussian
 class Coupling(nn.Module):
     """An affine coupling layer: one half of z is scaled and shifted by functions of the other half and of the cell.
 
-    z_b -> z_b exp(s(z_a, h)) + t(z_a, h), log-determinant sum s (Dinh, Sohl-Dickstein, Bengio 2017, equations 4 to 8).
-    A layer scales by a factor of e at most, and is the identity to begin with.
+    z_b -> z_b exp(s(z_a, m)) + t(z_a, m), log-determinant sum s (Dinh, Sohl-Dickstein, Bengio 2017, equations 4 to 8).
+    A layer scales by a factor of e at most, and is the identity to begin with. Of the cell it sees the base's mean m
+    (n, k) alone: told the encoder's last hidden layer, flows split cell lines of sc_mixology (docs/inference.md).
     """
 
     def __init__(self, n_latent: int, n_hidden: int, *, first: bool):
         super().__init__()
         self.first, self.half = first, (n_latent + 1) // 2
         n_kept = self.half if first else n_latent - self.half
-        self.hidden = nn.Linear(n_kept + n_hidden, n_hidden)
+        self.hidden = nn.Linear(n_kept + n_latent, n_hidden)
         self.out = nn.Linear(n_hidden, 2 * (n_latent - n_kept))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def _parts(self, z_nk: Tensor, h_nh: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _parts(self, z_nk: Tensor, loc_nk: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the half of z that is kept and the one that changes, the logarithm of its scale, and its shift."""
-        shape = torch.broadcast_shapes(z_nk.shape[:-1], h_nh.shape[:-1])
-        z_nk, h_nh = z_nk.expand(*shape, -1), h_nh.expand(*shape, -1)
+        shape = torch.broadcast_shapes(z_nk.shape[:-1], loc_nk.shape[:-1])
+        z_nk, loc_nk = z_nk.expand(*shape, -1), loc_nk.expand(*shape, -1)
         halves = z_nk[..., : self.half], z_nk[..., self.half :]
         kept, changing = halves if self.first else halves[::-1]
-        log_scale, shift = self.out(torch.relu(self.hidden(torch.cat([kept, h_nh], dim=-1)))).chunk(2, dim=-1)
+        log_scale, shift = self.out(torch.relu(self.hidden(torch.cat([kept, loc_nk], dim=-1)))).chunk(2, dim=-1)
         return kept, changing, torch.tanh(log_scale), shift
 
     def _join(self, kept: Tensor, changed: Tensor) -> Tensor:
         return torch.cat([kept, changed] if self.first else [changed, kept], dim=-1)
 
-    def forward(self, z_nk: Tensor, h_nh: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z_nk: Tensor, loc_nk: Tensor) -> tuple[Tensor, Tensor]:
         """Return the transformed z, (..., n, k), and the log-determinant, (..., n)."""
-        kept, changing, log_scale, shift = self._parts(z_nk, h_nh)
+        kept, changing, log_scale, shift = self._parts(z_nk, loc_nk)
         return self._join(kept, changing * log_scale.exp() + shift), log_scale.sum(-1)
 
-    def inverse(self, z_nk: Tensor, h_nh: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z_nk: Tensor, loc_nk: Tensor) -> tuple[Tensor, Tensor]:
         """Return what `forward` made z of, and the log-determinant of `forward` there."""
-        kept, changing, log_scale, shift = self._parts(z_nk, h_nh)
+        kept, changing, log_scale, shift = self._parts(z_nk, loc_nk)
         return self._join(kept, (changing - shift) * (-log_scale).exp()), log_scale.sum(-1)
 
 
 class Flow(NamedTuple):
-    """A diagonal Gaussian pushed through coupling layers that see the encoder's last hidden layer h (n, h).
+    """A diagonal Gaussian pushed through coupling layers.
 
     log q(z | x) = log q_0(z_0) - sum of the layers' log-determinants (Rezende, Mohamed 2015, equation 13).
     """
 
     base: DiagonalGaussian
     layers: nn.ModuleList
-    h_nh: Tensor
 
     def draw(self, noise_nk: Tensor) -> tuple[Tensor, Tensor]:
         """Return z, (..., n, k), and log q(z | x), (..., n)."""
         z_nk, log_q_n = self.base.draw(noise_nk)
         for layer in self.layers:
-            z_nk, log_determinant_n = layer(z_nk, self.h_nh)
+            z_nk, log_determinant_n = layer(z_nk, self.base.loc_nk)
             log_q_n = log_q_n - log_determinant_n
         return z_nk, log_q_n
 
@@ -159,7 +159,7 @@ class Flow(NamedTuple):
         """Log-density of z in nats, (..., n, k) -> (..., n)."""
         log_determinants_n = torch.zeros((), dtype=z_nk.dtype, device=z_nk.device)
         for layer in reversed(self.layers):
-            z_nk, log_determinant_n = layer.inverse(z_nk, self.h_nh)
+            z_nk, log_determinant_n = layer.inverse(z_nk, self.base.loc_nk)
             log_determinants_n = log_determinants_n + log_determinant_n
         return self.base.log_prob(z_nk) - log_determinants_n
 
@@ -170,7 +170,7 @@ class Flow(NamedTuple):
         for parameter in trained:
             parameter.requires_grad_(requires_grad=False)
         try:
-            return Flow(base, self.layers, self.h_nh.detach()).log_prob(z_nk)
+            return Flow(base, self.layers).log_prob(z_nk)
         finally:
             for parameter in trained:
                 parameter.requires_grad_()
