@@ -99,11 +99,10 @@ Gaussian = DiagonalGaussian | FullGaussian
 
 
 class Coupling(nn.Module):
-    """An affine coupling layer: one half of z is scaled and shifted by functions of the other half and of the cell.
+    """An affine coupling layer: one half of noise is scaled and shifted by functions of the other half and of the cell.
 
-    z_b -> z_b exp(s(z_a, m)) + t(z_a, m), log-determinant sum s (Dinh, Sohl-Dickstein, Bengio 2017, equations 4 to 8).
-    A layer scales by a factor of e at most, and is the identity to begin with. Of the cell it sees the base's mean m
-    (n, k) alone: told the encoder's last hidden layer, flows split cell lines of sc_mixology (docs/inference.md).
+    e_b -> e_b exp(s(e_a, m)) + t(e_a, m), log-determinant sum s (Dinh, Sohl-Dickstein, Bengio 2017, equations 4 to 8).
+    A layer scales by a factor of e at most, and is the identity to begin with. m (n, k) is the posterior's location.
     """
 
     def __init__(self, n_latent: int, n_hidden: int, *, first: bool):
@@ -115,11 +114,11 @@ class Coupling(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def _parts(self, z_nk: Tensor, loc_nk: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the half of z that is kept and the one that changes, the logarithm of its scale, and its shift."""
-        shape = torch.broadcast_shapes(z_nk.shape[:-1], loc_nk.shape[:-1])
-        z_nk, loc_nk = z_nk.expand(*shape, -1), loc_nk.expand(*shape, -1)
-        halves = z_nk[..., : self.half], z_nk[..., self.half :]
+    def _parts(self, e_nk: Tensor, loc_nk: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the half that is kept and the one that changes, the logarithm of its scale, and its shift."""
+        shape = torch.broadcast_shapes(e_nk.shape[:-1], loc_nk.shape[:-1])
+        e_nk, loc_nk = e_nk.expand(*shape, -1), loc_nk.expand(*shape, -1)
+        halves = e_nk[..., : self.half], e_nk[..., self.half :]
         kept, changing = halves if self.first else halves[::-1]
         log_scale, shift = self.out(torch.relu(self.hidden(torch.cat([kept, loc_nk], dim=-1)))).chunk(2, dim=-1)
         return kept, changing, torch.tanh(log_scale), shift
@@ -127,21 +126,24 @@ class Coupling(nn.Module):
     def _join(self, kept: Tensor, changed: Tensor) -> Tensor:
         return torch.cat([kept, changed] if self.first else [changed, kept], dim=-1)
 
-    def forward(self, z_nk: Tensor, loc_nk: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the transformed z, (..., n, k), and the log-determinant, (..., n)."""
-        kept, changing, log_scale, shift = self._parts(z_nk, loc_nk)
+    def forward(self, e_nk: Tensor, loc_nk: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the transformed noise, (..., n, k), and the log-determinant, (..., n)."""
+        kept, changing, log_scale, shift = self._parts(e_nk, loc_nk)
         return self._join(kept, changing * log_scale.exp() + shift), log_scale.sum(-1)
 
-    def inverse(self, z_nk: Tensor, loc_nk: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `forward` made z of, and the log-determinant of `forward` there."""
-        kept, changing, log_scale, shift = self._parts(z_nk, loc_nk)
+    def inverse(self, e_nk: Tensor, loc_nk: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `forward` made e of, and the log-determinant of `forward` there."""
+        kept, changing, log_scale, shift = self._parts(e_nk, loc_nk)
         return self._join(kept, (changing - shift) * (-log_scale).exp()), log_scale.sum(-1)
 
 
 class Flow(NamedTuple):
-    """A diagonal Gaussian pushed through coupling layers.
+    """z = loc + scale * F(e): a diagonal Gaussian whose noise e ~ N(0, I) goes through coupling layers F before.
 
-    log q(z | x) = log q_0(z_0) - sum of the layers' log-determinants (Rezende, Mohamed 2015, equation 13).
+    log q(z | x) = log N(e; 0, I) - sum of the layers' log-determinants - sum log scale (Rezende, Mohamed 2015, equation
+    13). F gives a posterior its shape, and is of a few scales' size: it does not move cells about as a deeper encoder
+    would. Behind loc + scale e, and told the encoder's last layer, it split cell lines of sc_mixology
+    (docs/inference.md).
     """
 
     base: DiagonalGaussian
@@ -149,19 +151,20 @@ class Flow(NamedTuple):
 
     def draw(self, noise_nk: Tensor) -> tuple[Tensor, Tensor]:
         """Return z, (..., n, k), and log q(z | x), (..., n)."""
-        z_nk, log_q_n = self.base.draw(noise_nk)
+        log_q_n = standard_normal_log_prob(noise_nk) - self.base.scale_nk.log().sum(-1)
         for layer in self.layers:
-            z_nk, log_determinant_n = layer(z_nk, self.base.loc_nk)
+            noise_nk, log_determinant_n = layer(noise_nk, self.base.loc_nk)
             log_q_n = log_q_n - log_determinant_n
-        return z_nk, log_q_n
+        return self.base.sample(noise_nk), log_q_n
 
     def log_prob(self, z_nk: Tensor) -> Tensor:
         """Log-density of z in nats, (..., n, k) -> (..., n)."""
-        log_determinants_n = torch.zeros((), dtype=z_nk.dtype, device=z_nk.device)
+        noise_nk = (z_nk - self.base.loc_nk) / self.base.scale_nk
+        log_determinants_n = self.base.scale_nk.log().sum(-1)
         for layer in reversed(self.layers):
-            z_nk, log_determinant_n = layer.inverse(z_nk, self.base.loc_nk)
+            noise_nk, log_determinant_n = layer.inverse(noise_nk, self.base.loc_nk)
             log_determinants_n = log_determinants_n + log_determinant_n
-        return self.base.log_prob(z_nk) - log_determinants_n
+        return standard_normal_log_prob(noise_nk) - log_determinants_n
 
     def stopped_log_prob(self, z_nk: Tensor) -> Tensor:
         """Log-density of z, through which alone gradients pass (Roeder, Wu, Duvenaud 2017)."""
