@@ -110,7 +110,7 @@ def main() -> None:
     torch.set_num_threads(1)
     values = yaml.safe_load((ROOT / "config/config.yaml").read_text())["models"]["nb"] | {"device": "cpu"}
     labels = {"column": "cell_type", "unknown": [UNKNOWN], "weight": arguments.weight}
-    model = build(Model, values | {"prior": "mixture", "labels": labels})
+    model = build(Model, values | {"prior": "mixture", "prior_shrinkage": 0.0, "labels": labels})
     rows = []
     for seed in arguments.seeds:
         rows.append(compare(seed, model))

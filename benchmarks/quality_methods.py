@@ -52,6 +52,7 @@ OURS: dict[str, dict[str, Any]] = {
     "cohortvi flow": {"posterior": "flow"},
     "cohortvi semi-supervised": {
         "prior": "mixture",
+        "prior_shrinkage": 0.0,  # labels hold the components (docs/inference.md, section 10)
         "labels": {"column": "cell_type", "unknown": [UNKNOWN], "weight": 30.0},
     },
 }
