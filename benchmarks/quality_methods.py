@@ -52,7 +52,7 @@ OURS: dict[str, dict[str, Any]] = {
     "cohortvi flow": {"posterior": "flow"},
     "cohortvi semi-supervised": {
         "prior": "mixture",
-        "prior_shrinkage": 0.0,  # labels hold the components (docs/inference.md, section 10)
+        "prior_shrinkage": 0.0,  # the most accurate with labels (docs/inference.md, section 10)
         "labels": {"column": "cell_type", "unknown": [UNKNOWN], "weight": 30.0},
     },
 }
@@ -283,8 +283,10 @@ def made_by(method: str) -> str:
     """Return what a method's results follow from, beside cohort and seed: a package's version, or our settings."""
     if method in PACKAGES:
         return f"{PACKAGES[method]} {version(PACKAGES[method])}"
-    passing = {*PASSING, "precision"}  # all is float32 here
-    chosen = {name: value for name, value in asdict(settings(OURS[method])).items() if name not in passing}
+    model, idle = settings(OURS[method]), {*PASSING, "precision"}  # all is float32 here
+    if model.prior == "standard_normal":
+        idle.add("prior_shrinkage")
+    chosen = {name: value for name, value in asdict(model).items() if name not in idle}
     return f"cohortvi {digest(chosen)[:8]}"
 
 

@@ -510,6 +510,8 @@ def test_a_cohort_without_held_out_cells_is_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_says_where(cohort, tmp_path):
+    with pytest.raises(ValueError, match=r"the loss is not finite at step 0: loss inf, reconstruction \d"):
+        run(cohort, tmp_path / "shrunk", dataclasses.replace(MODEL, prior="mixture", prior_shrinkage=1e39))
     with pytest.raises(ValueError, match="the loss is not finite at step") as error:
         run(cohort, tmp_path, dataclasses.replace(MODEL, learning_rate=1e30))
     for part in (

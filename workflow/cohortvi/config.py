@@ -9,7 +9,7 @@ from typing import Any
 
 import jsonschema
 
-from cohortvi.faults import cross_faults, describe
+from cohortvi.faults import cross_faults, describe, infinite
 from cohortvi.typed import build
 
 
@@ -293,6 +293,7 @@ def check(config: dict[str, Any], schema: dict[str, Any]) -> Config:
     found = jsonschema.Draft202012Validator(schema).iter_errors(config)
     errors = sorted(found, key=lambda error: [str(part) for part in error.absolute_path])
     faults = [fault for error in errors for fault in describe(error)]
+    faults += infinite(config)
     if not faults:
         faults = list(cross_faults(config))
     if faults:

@@ -1,6 +1,7 @@
 """What is wrong with a config, in words for the user: where, what was found, what was expected."""
 
 import difflib
+import math
 import re
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -23,6 +24,15 @@ def describe(error: jsonschema.ValidationError) -> Iterator[str]:
     else:
         found = f"found {error.instance!r} ({_kind(error.instance)})"
         yield f"{where}: {found}; expected {_expected(error)}{_advice(error)}"
+
+
+def infinite(values: Any, where: str = "") -> Iterator[str]:
+    """Yield where a config has .inf or .nan, which a schema takes for numbers."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in inner:
+        yield from infinite(value, f"{where}.{key}" if where else str(key))
+    if isinstance(values, float) and not math.isfinite(values):
+        yield f"{where}: found {values}; expected a finite number"
 
 
 def _advice(error: jsonschema.ValidationError) -> str:

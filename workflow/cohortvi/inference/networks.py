@@ -199,7 +199,7 @@ def dropout_mask(h_nh: Tensor, share: float) -> Tensor:
 class Encoder(nn.Module):
     """q(z | x) from log1p of the counts and, if it is told them, the covariates.
 
-    `posterior`: diagonal, full (a Cholesky factor beside the means) or flow (coupling layers behind the diagonal one).
+    `posterior`: diagonal, full (a Cholesky factor beside the means) or flow (coupling layers before the diagonal one).
     """
 
     def __init__(self, n_latent: int, hidden: Hidden, posterior: str):

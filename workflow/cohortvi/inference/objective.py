@@ -5,8 +5,8 @@
 
 The KL weight beta of the warm-up stands before log p(z) - log q(z|x) in either. For a cell of known label y, p(x, y)
 takes the place of p(x): p(z, y) that of p(z), and p(x|z) p(y|z)^alpha that of p(x|z), which makes the posterior tell
-labels apart (Kingma, Mohamed, Rezende, Welling 2014, equation 9); alpha is `label_weight`. What training adds to either
-for the prior's sake alone, step.py does.
+labels apart (Kingma, Mohamed, Rezende, Welling 2014, equation 9); alpha is `label_weight`. What training adds to the
+loss for the prior's sake (`prior_shrinkage`) is not here but in step.py.
 """
 
 import math

@@ -141,9 +141,8 @@ class Flow(NamedTuple):
     """z = loc + scale * F(e): a diagonal Gaussian whose noise e ~ N(0, I) goes through coupling layers F before.
 
     log q(z | x) = log N(e; 0, I) - sum of the layers' log-determinants - sum log scale (Rezende, Mohamed 2015, equation
-    13). F gives a posterior its shape, and is of a few scales' size: it does not move cells about as a deeper encoder
-    would. Behind loc + scale e, and told the encoder's last layer, it split cell lines of sc_mixology
-    (docs/inference.md).
+    13). F begins as the identity. Behind loc + scale e instead, and told the encoder's last layer, it moved cells about
+    as a deeper encoder would, and split a cell line of sc_mixology (docs/inference.md, section 13).
     """
 
     base: DiagonalGaussian

@@ -66,7 +66,8 @@ def _copies(device: torch.device) -> torch.cuda.Stream:
 def evaluate(setup: Setup, run: Run, inputs: Inputs, part: ranks.Part, *, is_training: bool) -> tuple[Elbo, Tensor]:
     """Return the ELBO of a minibatch, and the sums of its terms, (3,), in float64. Noise is torch's generators'.
 
-    In validation it is the bound on log p(x): what labels the cells have is not looked at.
+    In training the loss is that of the labels too, and of a prior far from N(0, I). In validation it is the bound on
+    log p(x): what labels the cells have is not looked at.
     """
     covariates, draws, options = inputs.covariates, setup.model.draws, {"kl_weight": inputs.kl_weight}
     if not is_training:

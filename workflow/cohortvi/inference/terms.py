@@ -61,11 +61,11 @@ class Terms:
 
 
 def _check(noted: Noted, found: dict[str, float]) -> None:
-    reconstruction, kl = found["reconstruction"], found["kl"]
-    if not math.isfinite(reconstruction + kl):
+    loss, reconstruction, kl = (found[name] / noted.n_obs for name in NAMES)
+    if not math.isfinite(loss + reconstruction + kl):
         raise ValueError(
-            f"the loss is not finite at step {noted.step}: reconstruction {reconstruction / noted.n_obs}, "
-            f"kl {kl / noted.n_obs} nats per cell, kl_weight {noted.kl_weight}, rows {noted.rows.tolist()} of the "
+            f"the loss is not finite at step {noted.step}: loss {loss}, reconstruction {reconstruction}, "
+            f"kl {kl} nats per cell, kl_weight {noted.kl_weight}, rows {noted.rows.tolist()} of the "
             "shards; expected finite terms. Lower models.*.learning_rate, and look at the counts and covariates of "
             "these cells."
         )
