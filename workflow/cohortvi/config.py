@@ -1,15 +1,13 @@
 """The config as typed, immutable values; the values themselves live in config/config.yaml alone.
 
-`check` compares a config with its schema; faults.py words what it finds for the user. The dataclasses below carry the
+`check` refuses a config that breaks its schema; faults.py finds and words what is wrong. The dataclasses below carry the
 checked sections into the package, so their fields are the schema's keys. They hold no defaults.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-import jsonschema
-
-from cohortvi.faults import cross_faults, describe, infinite
+from cohortvi.faults import faults_of
 from cohortvi.typed import build
 
 
@@ -290,12 +288,7 @@ def check(config: dict[str, Any], schema: dict[str, Any]) -> Config:
     Errors: ValueError that lists every fault (where, what was found, what was expected, the nearest known key for
     an unknown one), so that one run shows them all.
     """
-    found = jsonschema.Draft202012Validator(schema).iter_errors(config)
-    errors = sorted(found, key=lambda error: [str(part) for part in error.absolute_path])
-    faults = [fault for error in errors for fault in describe(error)]
-    faults += infinite(config)
-    if not faults:
-        faults = list(cross_faults(config))
+    faults = faults_of(config, schema)
     if faults:
         raise ValueError("the config has faults:\n" + "\n".join(f"  - {fault}" for fault in faults))
     return build(Config, config)

@@ -9,7 +9,16 @@ from typing import Any
 import jsonschema
 
 
-def describe(error: jsonschema.ValidationError) -> Iterator[str]:
+def faults_of(config: dict[str, Any], schema: dict[str, Any]) -> list[str]:
+    """Return what breaks the schema, a line each; if nothing does, what no schema can tell."""
+    found = jsonschema.Draft202012Validator(schema).iter_errors(config)
+    errors = sorted(found, key=lambda error: [str(part) for part in error.absolute_path])
+    faults = [fault for error in errors for fault in _describe(error)]
+    faults += _infinite(config)
+    return faults or list(_cross_faults(config))
+
+
+def _describe(error: jsonschema.ValidationError) -> Iterator[str]:
     """Yield where a value breaks the schema, what was found, and what was expected."""
     where = ".".join(str(part) for part in error.absolute_path)
     if error.validator == "additionalProperties":
@@ -26,11 +35,11 @@ def describe(error: jsonschema.ValidationError) -> Iterator[str]:
         yield f"{where}: {found}; expected {_expected(error)}{_advice(error)}"
 
 
-def infinite(values: Any, where: str = "") -> Iterator[str]:
+def _infinite(values: Any, where: str = "") -> Iterator[str]:
     """Yield where a config has .inf or .nan, which a schema takes for numbers."""
     inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     for key, value in inner:
-        yield from infinite(value, f"{where}.{key}" if where else str(key))
+        yield from _infinite(value, f"{where}.{key}" if where else str(key))
     if isinstance(values, float) and not math.isfinite(values):
         yield f"{where}: found {values}; expected a finite number"
 
@@ -75,7 +84,7 @@ def hint(name: str, known: Collection[str], most: int = 1) -> str:
     return f"there are {', '.join(sorted(known)[:12]) or 'none'}{' ...' if len(known) > 12 else ''}"
 
 
-def cross_faults(config: dict[str, Any]) -> Iterator[str]:
+def _cross_faults(config: dict[str, Any]) -> Iterator[str]:
     """Yield what no schema can tell: values of a config, each right by itself, that do not go together."""
     clusters = config["atlas"]["clusters"]
     if clusters["shown"] not in clusters["resolutions"]:
