@@ -1,7 +1,7 @@
 """The config as typed, immutable values; the values themselves live in config/config.yaml alone.
 
-`check` refuses a config that breaks its schema; faults.py finds and words what is wrong. The dataclasses below carry the
-checked sections into the package, so their fields are the schema's keys. They hold no defaults.
+`check` refuses a config that breaks its schema; faults.py finds and words what is wrong. The dataclasses below carry
+the checked sections into the package, so their fields are the schema's keys. They hold no defaults.
 """
 
 from dataclasses import dataclass
