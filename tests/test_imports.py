@@ -23,7 +23,7 @@ ROOMS = [
 ]
 BASE = {"faults", "typed", "config", "files", "log", "progress", "digest"}
 # The two rooms that meet: where inference and files come together.
-COMPILED = {"arithmetic", "first_layer", "fused", "gpu", "gpu_kernels", "heads", "products", "sparse"}
+COMPILED = {"arithmetic", "first_layer", "fused", "gpu", "gpu_kernels", "heads", "hidden", "products", "sparse"}
 MATHEMATICS = {
     "likelihoods",
     "priors",
@@ -31,6 +31,7 @@ MATHEMATICS = {
     "networks",
     "vae",
     "objective",
+    "fused_elbo",
     "adam",
     "bounds",
     "expression",

@@ -51,7 +51,8 @@ class Adam:
         grads = [parameter.grad for parameter in self.parameters]
         excess = None
         if clip is not None:
-            excess = (torch.nn.utils.get_total_norm(grads) / clip).clamp(min=1.0)
+            norms = torch.stack(torch._foreach_norm(grads))  # get_total_norm sorts them by type first
+            excess = (torch.linalg.vector_norm(norms) / clip).clamp(min=1.0)
         torch._fused_adam_(
             *([_as_it_lies(tensor) for tensor in part] for part in (self.parameters, grads, self.first, self.second)),
             [],

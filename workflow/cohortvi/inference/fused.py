@@ -4,6 +4,8 @@ Each equals plain torch on the dense counts (networks.py, likelihoods.py): tests
 gradients to 1e-5. On GPUs the kernels of gpu.py take the place of the head's loop (tests/test_gpu.py).
 """
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -25,19 +27,29 @@ class CountsProduct(Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: SparseCounts, weight_gh: Tensor, bias_h: Tensor) -> Tensor:
         """Return (n, h)."""
-        out_nh = torch.empty(len(x.indptr) - 1, weight_gh.shape[1])
-        share_threads()
-        first_layer.spmm(*_arrays(x.indptr, x.indices, x.log1p, weight_gh, bias_h, out_nh))
-        ctx.sparse, ctx.shape = (x.indptr, x.indices, x.log1p), weight_gh.shape
-        return out_nh
+        ctx.x, ctx.n_genes = x, len(weight_gh)
+        return counts_product(x, weight_gh, bias_h)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_nh: Tensor) -> tuple[None, Tensor, Tensor]:
         """Return the gradients of weight and bias."""
-        dweight_gh = torch.zeros(ctx.shape)
-        first_layer.spmm_backward(*_arrays(*ctx.sparse, dout_nh.contiguous(), dweight_gh), share_threads())
-        return None, dweight_gh, dout_nh.sum(0)
+        return None, counts_gradient(ctx.x, dout_nh.contiguous(), ctx.n_genes), dout_nh.sum(0)
+
+
+def counts_product(x: SparseCounts, weight_gh: Tensor, bias_h: Tensor) -> Tensor:
+    """Return log1p of the counts times weight, plus bias, (n, h)."""
+    out_nh = torch.empty(len(x.indptr) - 1, weight_gh.shape[1])
+    share_threads()
+    first_layer.spmm(*arrays(x.indptr, x.indices, x.log1p, weight_gh, bias_h, out_nh))
+    return out_nh
+
+
+def counts_gradient(x: SparseCounts, dout_nh: Tensor, n_genes: int) -> Tensor:
+    """Return the gradient by the weight of `counts_product`, (g, h)."""
+    dweight_gh = torch.zeros(n_genes, dout_nh.shape[1])
+    first_layer.spmm_backward(*arrays(x.indptr, x.indices, x.log1p, dout_nh, dweight_gh), share_threads())
+    return dweight_gh
 
 
 class Head(Function):
@@ -63,7 +75,7 @@ class Head(Function):
         log_theta (r, g), of which cell n has row rows_n[n]; None for a Poisson. `is_trained`: gradients are made.
         """
         given = (h_nh, log_library_n, log_theta, *heads)
-        nll_n, *grads = _head(x, rows_n, given, h_nh.new_ones(len(h_nh)), is_trained=is_trained)
+        nll_n, *grads = head(x, rows_n, given, h_nh.new_ones(len(h_nh)), is_trained=is_trained)
         ctx.x, ctx.rows_n = x, rows_n
         ctx.save_for_backward(*given)
         ctx.grads = grads
@@ -77,21 +89,34 @@ class Head(Function):
         h_nh, _, _, *heads = given
         scale, logits, (dlibrary_n, dtheta) = dnll_n[0], *ctx.grads
         if not _is_even(dnll_n):
-            _, logits, (dlibrary_n, dtheta) = _head(ctx.x, ctx.rows_n, given, dnll_n.contiguous(), is_trained=True)
+            _, logits, (dlibrary_n, dtheta) = head(ctx.x, ctx.rows_n, given, dnll_n.contiguous(), is_trained=True)
             scale = dnll_n.new_ones(())
-        dtype = logits[0].dtype
-        parts, dheads = [], []
-        scaled_nh = (h_nh * scale).to(dtype)
-        for k, (dlogits_ng, weight_gh) in enumerate(zip(logits, heads[::2], strict=True)):
-            is_fixed = not ctx.needs_input_grad[FIRST_HEAD + 2 * k]
-            if is_fixed:
-                dheads += [None, None]
-            else:
-                dweight_hg = product(scaled_nh.T, dlogits_ng)  # so, and not transposed: logits stay where they lie
-                dheads += [dweight_hg.float().T, dlogits_ng.sum(0, dtype=torch.float32) * scale]
-            parts.append(product(dlogits_ng, weight_gh.to(dtype)))
+        is_fixed = [not needed for needed in ctx.needs_input_grad[FIRST_HEAD::2]]
+        dh_nh, dheads = head_gradients(h_nh * scale, heads[::2], logits, is_fixed)
+        dheads = [
+            gradient for dweight, dbias in dheads for gradient in (dweight, dbias if dbias is None else dbias * scale)
+        ]
         dtheta = None if dtheta is None else dtheta.sum(0) * scale
-        return None, None, None, sum(parts).float() * scale, dlibrary_n * scale, dtheta, *dheads
+        return None, None, None, dh_nh * scale, dlibrary_n * scale, dtheta, *dheads
+
+
+def head_gradients(
+    h_nh: Tensor, weights: Sequence[Tensor], logits: Sequence[Tensor], is_fixed: Sequence[bool]
+) -> tuple[Tensor, list[tuple[Tensor | None, Tensor | None]]]:
+    """Return the gradients by the hidden layer, (n, h), and by weight and bias of each head; None of a fixed one.
+
+    weights (g, h); `logits`: the gradients of the logits, that `head` gave.
+    """
+    dtype = logits[0].dtype
+    parts, dheads = [], []
+    for dlogits_ng, weight_gh, fixed in zip(logits, weights, is_fixed, strict=True):
+        if fixed:
+            dheads.append((None, None))
+        else:
+            dweight_hg = product(h_nh.to(dtype).T, dlogits_ng)  # so, and not transposed: logits stay where they lie
+            dheads.append((dweight_hg.float().T, dlogits_ng.sum(0, dtype=torch.float32)))
+        parts.append(product(dlogits_ng, weight_gh.to(dtype)))
+    return reduce(torch.add, parts).float(), dheads
 
 
 def _is_even(dnll_n: Tensor) -> bool:
@@ -99,7 +124,7 @@ def _is_even(dnll_n: Tensor) -> bool:
     return dnll_n.stride(0) == 0 if dnll_n.is_cuda else torch.equal(dnll_n, dnll_n[0].expand_as(dnll_n))
 
 
-def _head(
+def head(
     x: SparseCounts | DeviceCounts,
     rows_n: Tensor | None,
     given: tuple[Tensor | None, ...],
@@ -113,14 +138,14 @@ def _head(
         return _gpu_head(x, rows_n, given, weights_n, is_trained=is_trained)
     logits = [product(h_nh, weight_gh.T, bias_g) for weight_gh, bias_g in zip(heads[::2], heads[1::2], strict=True)]
     nll_n, dlibrary_n, dtheta = torch.empty(len(h_nh)), torch.empty(len(h_nh)), None
-    csr, cells = _arrays(x.indptr, x.indices, x.data), _arrays(log_library_n, weights_n)
-    out, threads = _arrays(nll_n, dlibrary_n), share_threads()
+    csr, cells = arrays(x.indptr, x.indices, x.data), arrays(log_library_n, weights_n)
+    out, threads = arrays(nll_n, dlibrary_n), share_threads()
     if log_theta is None:
-        compiled.poisson_head(*_arrays(*logits), csr, cells, out, threads, is_trained)
+        compiled.poisson_head(*arrays(*logits), csr, cells, out, threads, is_trained)
     else:
         dtheta = torch.zeros(threads, *log_theta.shape)
-        px_scale, zi_logits = (*_arrays(*logits), None)[:2]
-        compiled.nb_head(px_scale, zi_logits, csr, cells, out, _arrays(log_theta, rows_n, dtheta), is_trained)
+        px_scale, zi_logits = (*arrays(*logits), None)[:2]
+        compiled.nb_head(px_scale, zi_logits, csr, cells, out, arrays(log_theta, rows_n, dtheta), is_trained)
     return nll_n, logits, (dlibrary_n, dtheta)
 
 
@@ -137,5 +162,6 @@ def _gpu_head(
     return nll_n, logits, (dlibrary_n, dtheta)
 
 
-def _arrays(*tensors: Tensor) -> tuple[Any, ...]:
+def arrays(*tensors: Tensor) -> tuple[Any, ...]:
+    """Return the memory of tensors of a CPU."""
     return tuple((tensor.detach() if tensor.requires_grad else tensor).numpy() for tensor in tensors)

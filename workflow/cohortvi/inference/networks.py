@@ -150,7 +150,10 @@ class Layer(nn.Module):
     def forward(self, h: Counts, codes: tuple[Tensor, ...], values_nv: Tensor | None) -> Tensor:
         """Return (n, h)."""
         h_nh = F.relu(self.norm(self.others(self.linear(h), codes, values_nv)))
-        return h_nh * dropout_mask(h_nh, self.dropout) if self.training and self.dropout else h_nh
+        if not (self.training and self.dropout):
+            return h_nh
+        bits_nh, least, kept = dropout_bits(*h_nh.shape, self.dropout, h_nh.device)
+        return h_nh * ((bits_nh >= least) * kept)
 
 
 class Hidden(nn.Module):
@@ -183,17 +186,18 @@ class Hidden(nn.Module):
         return h
 
 
-def dropout_mask(h_nh: Tensor, share: float) -> Tensor:
-    """Return 0 for this share of the units, at random, and 1 / (1 - share) for the others.
+def dropout_bits(n: int, n_hidden: int, share: float, device: torch.device) -> tuple[Tensor, int, float]:
+    """Return random bits (n, h) int16, the least with which a unit is kept, and 1 / (1 - share); no bits for share 0.
 
-    Of 16 random bits each, four units a random number: drawn one at a time, they are an eighth of a small step's time.
+    Four units a random number: drawn one at a time, they are an eighth of a small step's time.
     """
-    shape = ranks.whole(len(h_nh)), h_nh.shape[1]
+    if not share:
+        return torch.empty(0, n_hidden, dtype=torch.int16, device=device), 0, 1.0
+    shape = ranks.whole(n), n_hidden
     size = shape[0] * shape[1]
-    bits = torch.empty(-(-size // 4), dtype=torch.int64, device=h_nh.device).random_(-(2**63), None)
-    least = round(share * 2**16) - 2**15
-    kept = ranks.own(bits.view(torch.int16)[:size].view(shape)) >= least
-    return kept * (1 / (1 - share))
+    bits = torch.empty(-(-size // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
+    bits_nh = ranks.own(bits.view(torch.int16)[:size].view(shape))
+    return bits_nh, round(share * 2**16) - 2**15, 1 / (1 - share)
 
 
 class Encoder(nn.Module):
@@ -267,6 +271,11 @@ class Decoder(nn.Module):
     def heads(self) -> tuple[nn.Linear, ...]:
         """The linear layers that the likelihood's mean and zero inflation end in."""
         return (self.px_scale,) if self.zi_logits is None else (self.px_scale, self.zi_logits)
+
+    @property
+    def head_tensors(self) -> list[Tensor]:
+        """The weight (g, h) and bias (g,) of each of them, one after the other."""
+        return [tensor for head in self.heads for tensor in (head.weight, head.bias)]
 
     def features(self, z_nk: Tensor, told: Told) -> Tensor:
         """Return what the heads see, (n, h)."""

@@ -29,6 +29,7 @@ from cohortvi.inference.covariates import (
     number,
 )
 from cohortvi.inference.device import choose_device, set_precision, training_output
+from cohortvi.inference.fused_elbo import FusedElbo, is_plain
 from cohortvi.inference.library import library_moments
 from cohortvi.inference.mapping import Task, map_onto, open_reference
 from cohortvi.inference.networks import Covariates
@@ -140,6 +141,7 @@ def prepare(
     settings = {"batch_size": EVALUATED_CELLS, "shuffle": False, "output": outputs[1]}
     held_out = Loader(stores[1], where=task.where, **settings, **common)
     run = Run(vae, _optimizer(vae.to(device), model, task.only), loader, Terms(TOGETHER[device.type]))
+    run.fused = FusedElbo(vae) if is_plain(vae) and model.draws == 1 else None
     steps = loader.n_steps(0)
     epochs = max(model.max_epochs, min(-(-model.min_steps // steps), MOST_EPOCHS)) if task.n_obs else 0
     plan = epochs, epochs * steps

@@ -7,6 +7,7 @@ from typing import Any
 
 from cohortvi.inference.adam import Adam
 from cohortvi.inference.checkpoint import Tensors
+from cohortvi.inference.fused_elbo import FusedElbo
 from cohortvi.inference.terms import Terms
 from cohortvi.inference.vae import VAE
 from cohortvi.store.loader import Loader, Minibatch
@@ -38,6 +39,7 @@ class Run:
     waited: int = 0  # epochs since it was
     finished: bool = False
     elbo_before: float | None = None  # validation ELBO of a mapped model before its first step
+    fused: FusedElbo | None = None  # the loss of a plain model, which makes its gradients itself
     graphed: Any = None  # the step as a CUDA graph (graph.py), if it is one
 
     def minibatches(self) -> Iterator[Minibatch]:

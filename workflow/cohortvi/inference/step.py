@@ -78,7 +78,9 @@ def evaluate(setup: Setup, run: Run, inputs: Inputs, part: ranks.Part, *, is_tra
     with ranks.within(part):
         whole_snk = torch.randn(draws, part.n, run.vae.n_dimensions, device=setup.device)
         noise_snk = ranks.own(whole_snk, dim=1)
-        if draws == 1:
+        if is_training and run.fused:
+            terms = run.fused(x, covariates, noise_snk[0], kl_weight=inputs.kl_weight, n=part.n)
+        elif draws == 1:
             terms = elbo(run.vae, x, covariates, noise_snk[0], **options)
         else:
             terms = iwelbo(run.vae, x, covariates, noise_snk, **options)
@@ -91,9 +93,10 @@ def evaluate(setup: Setup, run: Run, inputs: Inputs, part: ranks.Part, *, is_tra
 
 def descend(setup: Setup, run: Run, terms: Elbo, part: ranks.Part, learning_rate: float | Tensor) -> None:
     """Move the weights down the gradient of a minibatch's mean loss."""
-    run.optimizer.zero_grad()
-    (terms.loss_n.sum() / part.n).backward()
-    ranks.sum_gradients(run.optimizer.parameters)
+    if not run.fused:
+        run.optimizer.zero_grad()
+        (terms.loss_n.sum() / part.n).backward()
+        ranks.sum_gradients(run.optimizer.parameters)
     run.optimizer.step(learning_rate, clip=setup.model.clip)
 
 

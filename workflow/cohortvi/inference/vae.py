@@ -130,6 +130,17 @@ class VAE(nn.Module):
         return has_norm and self.decoder.training
 
     @property
+    def has_shared_theta(self) -> bool:
+        """Whether no cell has dispersions of its own: those of a Poisson, which has none, of genes, or of batches."""
+        return not self._has_theta or self.dispersion in ("gene", "gene-batch")
+
+    def shared_theta(self, batch_n: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return log theta (r, g), None of a Poisson, and which of its rows each cell has, (n,)."""
+        if self._has_theta and self.dispersion == "gene-batch":
+            return self.log_theta, batch_n
+        return self.log_theta[None] if self._has_theta else None, torch.zeros_like(batch_n)
+
+    @property
     def _has_theta(self) -> bool:
         return self.likelihood != "poisson"
 
@@ -205,14 +216,11 @@ class VAE(nn.Module):
 
     def reconstruction(self, x: Counts, z_nk: Tensor, covariates: Covariates) -> Tensor:
         """Return -log p(x | z) of each cell, (n,); counts (n, g), z (n, k). An observed library is that of x."""
-        if not is_fused(x, z_nk) or (self._has_theta and self.dispersion in ("gene-cell", "gene-label")):
+        if not (is_fused(x, z_nk) and self.has_shared_theta):
             return -self.predict(x, z_nk, covariates).log_prob(dense(x, z_nk.dtype)).sum(1)
         h_nh, log_library_n1 = self._features(z_nk, covariates), self._log_library(x, z_nk, covariates)
-        log_theta, rows_n = None, covariates.batch_n
-        if self._has_theta:
-            log_theta = self.log_theta if self.dispersion == "gene-batch" else self.log_theta[None]
-            rows_n = rows_n if self.dispersion == "gene-batch" else torch.zeros_like(rows_n)
-        heads = [tensor for head in self.decoder.heads for tensor in (head.weight, head.bias)]
+        log_theta, rows_n = self.shared_theta(covariates.batch_n)
+        heads = self.decoder.head_tensors
         return Head.apply(x, torch.is_grad_enabled(), rows_n, h_nh, log_library_n1[:, 0], log_theta, *heads)
 
     def log_joint(self, x: Counts, covariates: Covariates) -> Callable[[Tensor], Tensor]:
