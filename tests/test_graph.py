@@ -34,6 +34,7 @@ def cohort(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 def test_steps_out_of_static_memory_are_the_same_to_the_bit(cohort, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(prepare, "is_plain", lambda _: False)  # as on a GPU
     model, made = dataclasses.replace(MODEL, max_epochs=2, **changes), []
     plain = run(cohort, tmp_path / "plain", model)
     real = training.graphed_step
@@ -64,8 +65,10 @@ CAPTURED |= {"labelled": VARIANTS["labelled"] | {"dispersion": "gene"}, "zinb-fl
 @pytest.mark.parametrize("changes", CAPTURED.values(), ids=CAPTURED)
 def test_a_captured_step_looks_at_nothing_on_the_device(cohort, monkeypatch, changes):
     gpu = pytest.importorskip("cohortvi.inference.gpu", reason="needs Triton, which is for Linux")
+    # As on a GPU.
+    monkeypatch.setattr(prepare, "is_plain", lambda _: False)
     monkeypatch.setattr(step, "counts_of", lambda x, _: gpu.densify(*x, torch.float32))
-    monkeypatch.setattr(fused, "_is_even", lambda dnll_n: dnll_n.stride(0) == 0)  # as on a GPU
+    monkeypatch.setattr(fused, "_is_even", lambda dnll_n: dnll_n.stride(0) == 0)
     model, splits = dataclasses.replace(MODEL, **changes), (manifests(cohort, "train"), manifests(cohort, "validation"))
     assert can_capture(model, torch.device("cuda"))
     setup, state = prepare.prepare(*splits, model, sheet={}, seed=0, threads=1)
