@@ -8,12 +8,13 @@ import pytest
 import torch
 from test_fused import GRADIENT, LOSS, draw_counts, model, sparse
 from test_train import TIMES, run
-from tiny_cohort import MODEL, write_cohort
+from tiny_cohort import MODEL, manifests, write_cohort
 from torch import Tensor
 
 from cohortvi.inference import prepare as preparing
 from cohortvi.inference import ranks
 from cohortvi.inference.fused_elbo import FusedElbo, is_plain
+from cohortvi.inference.hidden import hidden, hidden_backward
 from cohortvi.inference.networks import Covariates
 from cohortvi.inference.objective import Elbo, elbo
 from cohortvi.inference.vae import VAE
@@ -30,13 +31,13 @@ def given(n_obs: int, n_categories: tuple[int, ...] = (), n_values: int = 0) -> 
     return draw_counts(n_obs, N_GENES, 1, largest=300), covariates, torch.randn(n_obs, N_LATENT, generator=generator)
 
 
-def by_modules(vae: VAE, x_ng: np.ndarray, covariates: Covariates, noise_nk: Tensor, n: int, seed: int) -> Elbo:
+def by_modules(vae: VAE, x_ng: np.ndarray, covariates: Covariates, noise_nk: Tensor, seed: int) -> Elbo:
     """The reference: in float64, dense, differentiated by torch."""
     torch.manual_seed(seed)
     values_nv = covariates.continuous_nc
     covariates = covariates._replace(continuous_nc=None if values_nv is None else values_nv.double())
     found = elbo(vae, torch.from_numpy(x_ng).double(), covariates, noise_nk.double(), kl_weight=KL_WEIGHT)
-    (found.loss_n.sum() / n).backward()
+    found.loss.backward()
     return found
 
 
@@ -57,12 +58,12 @@ def test_terms_gradients_and_statistics_equal_those_of_the_modules(likelihood, d
     vae = model(likelihood, dispersion, N_GENES, **changes)
     reference = copy.deepcopy(vae).double()
     x_ng, covariates, noise_nk = given(n_obs, vae.settings["n_categories"], vae.settings["n_continuous"])
-    fused, n = FusedElbo(vae), 2 * n_obs  # as if another rank had as many
+    fused = FusedElbo(vae)
     for seed in range(3):  # gradients are those of the last call, statistics of all
         reference.zero_grad()
-        expected = by_modules(reference, x_ng, covariates, noise_nk, n, seed)
+        expected = by_modules(reference, x_ng, covariates, noise_nk, seed)
         torch.manual_seed(seed)
-        found = fused(sparse(x_ng), covariates, noise_nk, kl_weight=KL_WEIGHT, n=n)
+        found = fused(sparse(x_ng), covariates, noise_nk, kl_weight=KL_WEIGHT)
     rounding = LOSS + 1e-7 * x_ng.sum(1).max()
     for name, values in found._asdict().items():
         np.testing.assert_allclose(values, getattr(expected, name).detach(), rtol=10 * LOSS, atol=10 * rounding)
@@ -79,7 +80,34 @@ def test_terms_gradients_and_statistics_equal_those_of_the_modules(likelihood, d
 def test_a_single_cell_is_refused():
     x_ng, covariates, noise_nk = given(1)
     with pytest.raises(ValueError, match="one cell; expected at least two"):
-        FusedElbo(model("nb", "gene", N_GENES))(sparse(x_ng), covariates, noise_nk, kl_weight=1.0, n=1)
+        FusedElbo(model("nb", "gene", N_GENES))(sparse(x_ng), covariates, noise_nk, kl_weight=1.0)
+
+
+def test_a_code_that_the_model_has_not_is_refused():
+    x_ng, covariates, noise_nk = given(8)
+    for code in (-1, 3):
+        covariates.batch_n[5] = code
+        with pytest.raises(IndexError, match="code of a batch or category"):
+            FusedElbo(model("nb", "gene", N_GENES))(sparse(x_ng), covariates, noise_nk, kl_weight=1.0)
+
+
+def test_batch_norm_of_many_cells_keeps_its_digits():
+    r, n_obs = np.random.default_rng(0), 50_000
+    units_nh, upstream_nh = (r.normal(at, 1, (n_obs, 3)).astype(np.float32) for at in (100, 1))
+    exact, d = units_nh.astype(float), upstream_nh.astype(float)
+    h, out, du = units_nh.copy(), np.empty_like(units_nh), np.empty_like(units_nh)
+    ones, zeros, inverse, dgain, dshift = (np.full(3, value, np.float32) for value in (1, 0, 0, 0, 0))
+    nothing, mean, variance, count = np.empty((0, 3), np.float32), zeros.copy(), zeros.copy(), np.zeros((), int)
+    rows, bits = np.empty((0, n_obs), int), np.empty((0, 3), np.int16)
+    norm, dropout = (ones, 100 * ones, mean, variance, count), (bits, 0, 1.0)  # no unit is cut off
+    hidden(h, (rows, nothing), norm, (1.0, 0.0), dropout, (out, inverse))
+    normal = (exact - exact.mean(0)) / exact.std(0)
+    np.testing.assert_allclose(mean, exact.mean(0), rtol=2e-7)
+    np.testing.assert_allclose(variance, exact.var(0, ddof=1), rtol=1e-6)
+    np.testing.assert_allclose(h.mean(0, dtype=float), 0, atol=2e-6)
+    hidden_backward(upstream_nh, (out, h, inverse, ones), 1.0, rows, (du, dgain, dshift, nothing))
+    np.testing.assert_allclose(dshift, d.sum(0), rtol=2e-7)
+    np.testing.assert_allclose(dgain, (d * normal).sum(0), atol=1e-6 * np.abs(d * normal).sum(0).max())
 
 
 @pytest.mark.parametrize("where", ["encoder.hidden.layers.0.linear.bias", "encoder.log_variance.weight", "log_theta"])
@@ -88,7 +116,7 @@ def test_what_is_not_a_number_reaches_the_loss(where):
     with torch.no_grad():
         vae.get_parameter(where).view(-1)[0] = np.nan
     x_ng, covariates, noise_nk = given(16)
-    assert FusedElbo(vae)(sparse(x_ng), covariates, noise_nk, kl_weight=1.0, n=16).loss_n.isnan().any()
+    assert FusedElbo(vae)(sparse(x_ng), covariates, noise_nk, kl_weight=1.0).loss_n.isnan().any()
 
 
 @pytest.mark.parametrize(
@@ -120,6 +148,15 @@ def test_models_elsewhere_go_through_their_modules(monkeypatch):
     assert not is_plain(copy.deepcopy(vae).double())
     monkeypatch.setattr(ranks, "world", lambda: 2)
     assert not is_plain(vae)
+
+
+def test_models_of_several_draws_go_through_their_modules(tmp_path):
+    write_cohort(tmp_path)
+    splits = manifests(tmp_path, "train"), manifests(tmp_path, "validation")
+    for draws in (1, 2):
+        model = replace(MODEL, draws=draws)
+        _, state = preparing.prepare(*splits, model, sheet={}, seed=0, threads=1)
+        assert (state.fused is None) == (draws > 1)
 
 
 def test_training_takes_the_same_way_with_and_without(tmp_path, monkeypatch):

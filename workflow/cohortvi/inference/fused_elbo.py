@@ -43,7 +43,11 @@ def is_plain(vae: VAE) -> bool:
 
 
 class FusedElbo:
-    """Gives the ELBO of a model that `is_plain`, and its gradients. Holds the memory of parameters and gradients."""
+    """Gives the ELBO of a model that `is_plain`, and its gradients.
+
+    It holds the memory of parameters, gradients and batch norm's statistics, which may change but must stay where they
+    are: no zero_grad, no model.to. A bias before batch norm has no gradient; it stays 0.
+    """
 
     def __init__(self, vae: VAE):
         for parameter in vae.parameters():
@@ -54,20 +58,21 @@ class FusedElbo:
         )
 
     @torch.no_grad()
-    def __call__(self, x: SparseCounts, covariates: Covariates, noise_nk: Tensor, *, kl_weight: float, n: int) -> Elbo:
-        """Return what `objective.elbo` does, without its gradients: those of the cells' sum / n are in the parameters.
+    def __call__(self, x: SparseCounts, covariates: Covariates, noise_nk: Tensor, *, kl_weight: float) -> Elbo:
+        """Return what `objective.elbo` does; the gradients of the mean loss are then the parameters'.
 
-        Batch norm's running statistics move. Errors: ValueError for a single cell, which has no variance.
+        Batch norm's running statistics move. Errors: ValueError for a single cell, which has no variance; IndexError
+        for codes that the model does not have.
         """
-        if len(noise_nk) < 2:
+        n, vae, told = len(noise_nk), self.vae, self.vae.told_decoder(covariates)
+        if n < 2:
             raise ValueError("batch norm: found a minibatch of one cell; expected at least two")
-        vae, told = self.vae, self.vae.told_decoder(covariates)
         h_nh = x
         for layer in self.encoder:
             h_nh = layer.forward(h_nh, told)
         loc, log_variance = vae.encoder.loc, vae.encoder.log_variance
         loc_nk = torch.addmm(loc.bias, h_nh, loc.weight.T)
-        above_nk = torch.addmm(log_variance.bias, h_nh, log_variance.weight.T).exp_()
+        above_nk = torch.addmm(log_variance.bias, h_nh, log_variance.weight.T).exp_()  # MIN_VARIANCE
         variance_nk = above_nk + MIN_VARIANCE
         scale_nk, z_nk, kl_n = variance_nk.sqrt(), torch.empty_like(loc_nk), torch.empty(len(loc_nk))
         q, noise = arrays(loc_nk, scale_nk), noise_nk.contiguous().numpy()
@@ -108,12 +113,12 @@ class _Layer:
     def __init__(self, layer: Layer):
         linear, norm, self.others = layer.linear, layer.norm, layer.others
         self.weight = linear.weight_gh if isinstance(linear, CountsLinear) else linear.weight
-        self.bias, self.dropout, self.numbers = linear.bias, layer.dropout, (norm.momentum, norm.eps)
+        self.bias, self.dropout, self.momentum_eps = linear.bias, layer.dropout, (norm.momentum, norm.eps)
         self.norm = arrays(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked)
         weight_oh = self.others.weight_oh
         nothing = torch.empty(0, len(self.bias))
         told, of_told = (nothing, nothing) if weight_oh is None else (weight_oh, weight_oh.grad)
-        self.told, *gradients = arrays(told, self.bias.grad, norm.weight.grad, norm.bias.grad, of_told)
+        self.told, *gradients = arrays(told, norm.weight.grad, norm.bias.grad, of_told)
         self.gradients = tuple(gradients)
 
     def forward(self, x: SparseCounts | Tensor, told: Told) -> Tensor:
@@ -129,14 +134,14 @@ class _Layer:
         bits_nh, least, kept = dropout_bits(*units_nh.shape, self.dropout, units_nh.device)
         out_nh, inverse_h = torch.empty_like(units_nh), torch.empty_like(self.bias)
         out, units, inverse, rows, bits = arrays(out_nh, units_nh, inverse_h, rows_rn, bits_nh)
-        hidden(units, (rows, self.told), self.norm, self.numbers, (bits, least, kept), (out, inverse))
-        self.seen = x, told.first_nv
+        hidden(units, (rows, self.told), self.norm, self.momentum_eps, (bits, least, kept), (out, inverse))
+        self.given = x, told.first_nv
         self.saved = (out, units, inverse, self.norm[0]), kept, rows
         return out_nh
 
     def backward(self, dout_nh: Tensor) -> Tensor | None:
         """Note the gradients by the parameters; return that by x, if it is no counts."""
-        (x, values_nv), n_values, dunits_nh = self.seen, self.others.n_values, torch.empty_like(dout_nh)
+        (x, values_nv), n_values, dunits_nh = self.given, self.others.n_values, torch.empty_like(dout_nh)
         hidden_backward(dout_nh.numpy(), *self.saved, (dunits_nh.numpy(), *self.gradients))
         if n_values:
             torch.mm(values_nv.T, dunits_nh, out=self.others.weight_oh.grad[:n_values])

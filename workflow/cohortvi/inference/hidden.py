@@ -1,7 +1,8 @@
 """What stands between the large matrices of a step, compiled: hidden layers after their products, the posterior's draw.
 
-n cells, h units, k latent dimensions. By one thread: two, of which each takes half of the units, disturb each other's
-caches for longer than they save. Sums over cells are in double precision: a minibatch may be large.
+n cells, h units, k latent dimensions, o rows of covariates' weights. By one thread: two, of which each takes half of
+the units, disturb each other's caches for longer than they save. Batch norm's sums are in double precision: a minibatch
+may be large.
 """
 
 import math
@@ -18,20 +19,22 @@ Arrays = tuple[Array, ...]
 
 @numba.njit(**LOOPS)
 def hidden(
-    h: Array, told: Arrays, norm: Arrays, numbers: tuple[float, float], dropout: tuple[Array, int, float], out: Arrays
+    h: Array, told: Arrays, norm: Arrays, momentum_eps: tuple[float, float], dropout: tuple, out: Arrays
 ) -> None:
     """Write what a layer gives, (n, h), and 1 / standard deviation, (h,), to out; h becomes the normalised units.
 
-    told: rows (r, n) of a weight (o, h) that are added to a cell. norm: gain and shift; the running mean and
-    variance, which move, and the number of minibatches seen. numbers: momentum and eps. dropout: bits (n, h), the least
-    with which a unit is kept, and what it is multiplied by then; no bits, no dropout.
+    told: rows (r, n) of a weight (o, h) that are added to a cell. norm: gain and shift; running mean and variance,
+    which move, and the number of minibatches. dropout: bits (n, h), the least with which a unit is kept, and what it is
+    multiplied by then; no bits, no dropout. Errors: IndexError for a row that is not there.
     """
-    (rows, weight), (gain, shift, running_mean, running_var, seen), (momentum, eps) = told, norm, numbers
-    (bits, least, kept), (result, inverse), (n_obs, n_hidden) = dropout, out, h.shape
+    (rows, weight), (gain, shift, running_mean, running_var, n_batches), (momentum, eps) = told, norm, momentum_eps
+    (result, inverse), (n_obs, n_hidden) = out, h.shape
     total, square, mean = np.zeros(n_hidden), np.zeros(n_hidden), np.empty(n_hidden, f32)
     for n in range(n_obs):
         cell = h[n]
         for r in range(len(rows)):
+            if not 0 <= rows[r, n] < len(weight):
+                raise IndexError("the code of a batch or category is beyond the numbers that the model was made for")
             added = weight[rows[r, n]]
             for j in range(n_hidden):
                 cell[j] += added[j]
@@ -43,7 +46,7 @@ def hidden(
         for j in range(n_hidden):
             cell[j] -= mean[j]
             square[j] += cell[j] * cell[j]
-    seen[()] += 1
+    n_batches[()] += 1
     for j in range(n_hidden):
         running_mean[j] += momentum * (mean[j] - running_mean[j])
         running_var[j] += momentum * (square[j] / (n_obs - 1) - running_var[j])
@@ -54,21 +57,28 @@ def hidden(
             cell[j] *= inverse[j]
             y = gain[j] * cell[j] + shift[j]
             row[j] = ZERO if y <= ZERO else y  # what is not a number stays so
+    _drop(result, dropout)
+
+
+@numba.njit(**LOOPS)
+def _drop(h: Array, dropout: tuple) -> None:
+    bits, least, kept = dropout
     for n in range(len(bits)):
-        row, drawn = result[n], bits[n]
-        for j in range(n_hidden):
+        row, drawn = h[n], bits[n]
+        for j in range(len(row)):
             row[j] = row[j] * f32(kept) if drawn[j] >= least else ZERO
 
 
 @numba.njit(**LOOPS)
 def hidden_backward(upstream: Array, saved: Arrays, kept: float, rows: Array, out: Arrays) -> None:
-    """Write the gradients by the product (n, h), its bias, gain and shift (h,), and weight (o, h) to out.
+    """Write the gradients by the product (n, h), gain and shift (h,), and weight (o, h) to out.
 
-    saved: what `hidden` gave, the normalised units, 1 / their standard deviation, and gain.
+    saved: what `hidden` gave, the normalised units, 1 / their standard deviation, and gain. The product's bias has no
+    gradient: the mean takes it out.
     """
-    (result, units, inverse, gain), (dproduct, dbias, dgain, dshift, dweight) = saved, out
+    (result, units, inverse, gain), (dproduct, dgain, dshift, dweight) = saved, out
     n_obs, n_hidden = units.shape
-    of_bias, of_gain, of_shift = np.zeros(n_hidden), np.zeros(n_hidden), np.zeros(n_hidden)
+    of_gain, of_shift = np.zeros(n_hidden), np.zeros(n_hidden)
     for n in range(n_obs):
         up, y, x, d = upstream[n], result[n], units[n], dproduct[n]
         for j in range(n_hidden):
@@ -82,12 +92,10 @@ def hidden_backward(upstream: Array, saved: Arrays, kept: float, rows: Array, ou
         x, d = units[n], dproduct[n]
         for j in range(n_hidden):
             d[j] = scale[j] * (d[j] - mean[j] - x[j] * slope[j])
-            of_bias[j] += d[j]
         for r in range(len(rows)):
             row = dweight[rows[r, n]]
             for j in range(n_hidden):
                 row[j] += d[j]
-    dbias[:] = of_bias
 
 
 @numba.njit(**LOOPS)
@@ -105,9 +113,9 @@ def draw(q: Arrays, noise: Array, z: Array, kl: Array) -> None:
 
 @numba.njit(**LOOPS)
 def draw_backward(dz: Array, kl_weight: float, q: Arrays, noise: Array, out: Arrays) -> None:
-    """Write the gradients by loc and by the logarithm of what the variance is above its least, (n, k).
+    """Write the gradients by loc and by log of `above`, (n, k), which is what the variance is above its least.
 
-    Of dz (n, k) and kl_weight times the sum of KL. q: loc, scale, what the variance is above its least.
+    Of dz (n, k) and kl_weight times the sum of KL. q: loc, scale, above.
     """
     (loc, scale, above), (dloc, dlog), w = q, out, f32(kl_weight)
     for n in range(len(dz)):

@@ -79,7 +79,7 @@ def evaluate(setup: Setup, run: Run, inputs: Inputs, part: ranks.Part, *, is_tra
         whole_snk = torch.randn(draws, part.n, run.vae.n_dimensions, device=setup.device)
         noise_snk = ranks.own(whole_snk, dim=1)
         if is_training and run.fused:
-            terms = run.fused(x, covariates, noise_snk[0], kl_weight=inputs.kl_weight, n=part.n)
+            terms = run.fused(x, covariates, noise_snk[0], kl_weight=inputs.kl_weight)
         elif draws == 1:
             terms = elbo(run.vae, x, covariates, noise_snk[0], **options)
         else:
