@@ -62,31 +62,31 @@ class FusedElbo:
         """Return what `objective.elbo` does; the gradients of the mean loss are then the parameters'.
 
         Batch norm's running statistics move. Errors: ValueError for a single cell, which has no variance; IndexError
-        for codes that the model does not have.
+        for a code beyond all that the model has.
         """
         n, vae, told = len(noise_nk), self.vae, self.vae.told_decoder(covariates)
         if n < 2:
             raise ValueError("batch norm: found a minibatch of one cell; expected at least two")
-        h_nh = x
+        encoded_nh = x
         for layer in self.encoder:
-            h_nh = layer.forward(h_nh, told)
+            encoded_nh = layer.forward(encoded_nh, told)
         loc, log_variance = vae.encoder.loc, vae.encoder.log_variance
-        loc_nk = torch.addmm(loc.bias, h_nh, loc.weight.T)
-        above_nk = torch.addmm(log_variance.bias, h_nh, log_variance.weight.T).exp_()  # MIN_VARIANCE
+        loc_nk = torch.addmm(loc.bias, encoded_nh, loc.weight.T)
+        above_nk = torch.addmm(log_variance.bias, encoded_nh, log_variance.weight.T).exp_()  # beyond MIN_VARIANCE
         variance_nk = above_nk + MIN_VARIANCE
         scale_nk, z_nk, kl_n = variance_nk.sqrt(), torch.empty_like(loc_nk), torch.empty(len(loc_nk))
         q, noise = arrays(loc_nk, scale_nk), noise_nk.contiguous().numpy()
         draw((*q, variance_nk.log_().numpy()), noise, *arrays(z_nk, kl_n))
-        h2_nh = z_nk
+        decoded_nh = z_nk
         for layer in self.decoder:
-            h2_nh = layer.forward(h2_nh, told)
-        nll_n, dh_nh = self._head(x, covariates, h2_nh, 1 / n)
+            decoded_nh = layer.forward(decoded_nh, told)
+        nll_n, dh_nh = self._head(x, covariates, decoded_nh, 1 / n)
         for layer in reversed(self.decoder):
             dh_nh = layer.backward(dh_nh)
         dloc_nk, dlog_nk = torch.empty(2, *z_nk.shape)
         draw_backward(dh_nh.numpy(), kl_weight / n, (*q, above_nk.numpy()), noise, arrays(dloc_nk, dlog_nk))
         for linear, gradient_nk in ((loc, dloc_nk), (log_variance, dlog_nk)):
-            torch.mm(gradient_nk.T, h_nh, out=linear.weight.grad)
+            torch.mm(gradient_nk.T, encoded_nh, out=linear.weight.grad)
             torch.sum(gradient_nk, 0, out=linear.bias.grad)
         dh_nh = torch.addmm(dloc_nk @ loc.weight, dlog_nk, log_variance.weight)
         for layer in reversed(self.encoder):
