@@ -79,7 +79,7 @@ def test_terms_gradients_and_statistics_equal_those_of_the_modules(likelihood, d
 
 def test_a_single_cell_is_refused():
     x_ng, covariates, noise_nk = given(1)
-    with pytest.raises(ValueError, match="one cell; expected at least two"):
+    with pytest.raises(ValueError, match="1 cell; expected 2 or more"):
         FusedElbo(model("nb", "gene", N_GENES))(sparse(x_ng), covariates, noise_nk, kl_weight=1.0)
 
 

@@ -93,28 +93,26 @@ class Head(Function):
             scale = dnll_n.new_ones(())
         is_fixed = [not needed for needed in ctx.needs_input_grad[FIRST_HEAD::2]]
         dh_nh, dheads = head_gradients(h_nh * scale, heads[::2], logits, is_fixed)
-        dheads = [
-            gradient for dweight, dbias in dheads for gradient in (dweight, dbias if dbias is None else dbias * scale)
-        ]
+        dheads[1::2] = [None if dbias_g is None else dbias_g * scale for dbias_g in dheads[1::2]]
         dtheta = None if dtheta is None else dtheta.sum(0) * scale
         return None, None, None, dh_nh * scale, dlibrary_n * scale, dtheta, *dheads
 
 
 def head_gradients(
     h_nh: Tensor, weights: Sequence[Tensor], logits: Sequence[Tensor], is_fixed: Sequence[bool]
-) -> tuple[Tensor, list[tuple[Tensor | None, Tensor | None]]]:
-    """Return the gradients by the hidden layer, (n, h), and by weight and bias of each head; None of a fixed one.
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return the gradients by the hidden layer, (n, h), and by weight (g, h) and bias (g,) of each head, one by one.
 
-    weights (g, h); `logits`: the gradients of the logits, that `head` gave.
+    None of a head that is fixed. `logits`: their gradients (n, g), that `head` gave.
     """
     dtype = logits[0].dtype
     parts, dheads = [], []
     for dlogits_ng, weight_gh, fixed in zip(logits, weights, is_fixed, strict=True):
         if fixed:
-            dheads.append((None, None))
+            dheads += [None, None]
         else:
             dweight_hg = product(h_nh.to(dtype).T, dlogits_ng)  # so, and not transposed: logits stay where they lie
-            dheads.append((dweight_hg.float().T, dlogits_ng.sum(0, dtype=torch.float32)))
+            dheads += [dweight_hg.float().T, dlogits_ng.sum(0, dtype=torch.float32)]
         parts.append(product(dlogits_ng, weight_gh.to(dtype)))
     return reduce(torch.add, parts).float(), dheads
 
@@ -132,7 +130,11 @@ def head(
     *,
     is_trained: bool,
 ) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor | None]]:
-    """Return nll (n,), the gradients of the logits, and those of log_library and log_theta (parts, r, g)."""
+    """Return nll (n,), the gradients of the logits (n, g), and those of log_library (n,) and log_theta (parts, r, g).
+
+    given: as Head's, h, log_library, log_theta, heads. The gradients are those of sum_n weights_n nll_n, and of no use
+    where `is_trained` is false.
+    """
     h_nh, log_library_n, log_theta, *heads = given
     if isinstance(x, DeviceCounts):
         return _gpu_head(x, rows_n, given, weights_n, is_trained=is_trained)

@@ -1,4 +1,4 @@
-"""The ELBO of a plain model and its gradients, written by hand: a training step in 60 calls instead of 300.
+"""The ELBO of a plain model and its gradients, written by hand: of a training step's calls of torch most are saved.
 
 Plain is what models are by default (`is_plain`); others go through their modules (objective.py), one operation after
 the other, and back through torch's record of them. Both are one model: tests/test_fused_elbo.py holds losses to 1e-6
@@ -59,14 +59,15 @@ class FusedElbo:
 
     @torch.no_grad()
     def __call__(self, x: SparseCounts, covariates: Covariates, noise_nk: Tensor, *, kl_weight: float) -> Elbo:
-        """Return what `objective.elbo` does; the gradients of the mean loss are then the parameters'.
+        """Return what `objective.elbo` does, of counts (n, g) and standard normal noise (n, k), in nats.
 
-        Batch norm's running statistics move. Errors: ValueError for a single cell, which has no variance; IndexError
-        for a code beyond all that the model has.
+        The gradients of the mean loss are then the parameters' (docs/inference.md, section 7). Batch norm's running
+        statistics move. Errors: ValueError for a single cell, which has no variance; IndexError for a code beyond all
+        that the model has.
         """
         n, vae, told = len(noise_nk), self.vae, self.vae.told_decoder(covariates)
         if n < 2:
-            raise ValueError("batch norm: found a minibatch of one cell; expected at least two")
+            raise ValueError("batch norm: found a minibatch of 1 cell; expected 2 or more. Change models.*.batch_size.")
         encoded_nh = x
         for layer in self.encoder:
             encoded_nh = layer.forward(encoded_nh, told)
@@ -100,8 +101,8 @@ class FusedElbo:
         given = (h_nh, observed_library(x)[:, 0].log(), log_theta, *tensors)
         nll_n, logits, (_, dtheta) = head(x, rows_n, given, h_nh.new_full((len(h_nh),), weight), is_trained=True)
         dh_nh, dheads = head_gradients(h_nh, tensors[::2], logits, [False] * len(linears))
-        for linear, gradients in zip(linears, dheads, strict=True):
-            linear.weight.grad, linear.bias.grad = gradients
+        for linear, dweight_gh, dbias_g in zip(linears, dheads[::2], dheads[1::2], strict=True):
+            linear.weight.grad, linear.bias.grad = dweight_gh, dbias_g
         if dtheta is not None:
             torch.sum(dtheta, 0, out=self.vae.log_theta.grad.view(dtheta.shape[1:]))
         return nll_n, dh_nh

@@ -15,17 +15,19 @@ ZERO, f32 = np.float32(0), np.float32
 
 Array = np.ndarray
 Arrays = tuple[Array, ...]
+Dropout = tuple[Array, int, float]
 
 
 @numba.njit(**LOOPS)
 def hidden(
-    h: Array, told: Arrays, norm: Arrays, momentum_eps: tuple[float, float], dropout: tuple, out: Arrays
+    h: Array, told: Arrays, norm: Arrays, momentum_eps: tuple[float, float], dropout: Dropout, out: Arrays
 ) -> None:
     """Write what a layer gives, (n, h), and 1 / standard deviation, (h,), to out; h becomes the normalised units.
 
     told: rows (r, n) of a weight (o, h) that are added to a cell. norm: gain and shift; running mean and variance,
     which move, and the number of minibatches. dropout: bits (n, h), the least with which a unit is kept, and what it is
-    multiplied by then; no bits, no dropout. Errors: IndexError for a row that is not there.
+    multiplied by then; no bits, no dropout. Errors: IndexError for a row that is not there. Batch norm: Ioffe, Szegedy
+    2015, algorithm 1; its gradient, below: section 3.
     """
     (rows, weight), (gain, shift, running_mean, running_var, n_batches), (momentum, eps) = told, norm, momentum_eps
     (result, inverse), (n_obs, n_hidden) = out, h.shape
@@ -61,7 +63,7 @@ def hidden(
 
 
 @numba.njit(**LOOPS)
-def _drop(h: Array, dropout: tuple) -> None:
+def _drop(h: Array, dropout: Dropout) -> None:
     bits, least, kept = dropout
     for n in range(len(bits)):
         row, drawn = h[n], bits[n]
@@ -100,7 +102,10 @@ def hidden_backward(upstream: Array, saved: Arrays, kept: float, rows: Array, ou
 
 @numba.njit(**LOOPS)
 def draw(q: Arrays, noise: Array, z: Array, kl: Array) -> None:
-    """Write z = loc + scale noise, (n, k), and KL(q || N(0, I)), (n,); q: loc, scale, log of the variance."""
+    """Write z = loc + scale noise, (n, k), and KL(q || N(0, I)) in nats, (n,); q: loc, scale, log of the variance.
+
+    Kingma, Welling 2014, section 2.4 and appendix B.
+    """
     loc, scale, log_variance = q
     for n in range(len(z)):
         found = 0.0
